@@ -1,0 +1,289 @@
+"""What a run has to show, as frozen dataclasses, and the HTML page that shows it; measures nothing, writes no file."""
+
+import html
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from gdn.report.figures import (
+    Bar,
+    Histogram,
+    Interval,
+    Reference,
+    Series,
+    Style,
+    bar_chart,
+    histogram_rows,
+    interval_chart,
+    line_chart,
+)
+from gdn.report.scales import finite_points, running_median
+from gdn.report.style import STYLE
+
+Row = Mapping[str, object]
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """Another way to predict the same held-out text, and what it costs in bits per byte."""
+
+    name: str
+    bits_per_byte: float
+    note: str
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One prompt and its continuations, shown right behind it: their leading space or newline belongs to them."""
+
+    prompt: str
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class HeadMemory:
+    """How long one head remembers: its half-life ln 2 / -g in tokens, as the percentiles 10, 50 and 90 over a text."""
+
+    layer: int
+    head: int
+    half_life_tokens: tuple[float, float, float]
+
+
+@dataclass(frozen=True)
+class WriteStrengths:
+    """How strongly one layer writes: counts of beta between ascending bin edges, all heads together."""
+
+    layer: int
+    bin_edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Everything on the page; `metrics` holds the rows of metrics.jsonl, training and held-out ones mixed."""
+
+    title: str
+    verdict: str
+    facts: list[tuple[str, str]]
+    metrics: list[dict[str, object]]
+    bits_per_byte: float
+    baselines: list[Baseline]
+    explanation: list[str]
+    heads: list[HeadMemory]
+    write_strengths: list[WriteStrengths]
+    samples: list[Sample]
+    recipe: str
+
+
+@dataclass(frozen=True)
+class _History:
+    """The metrics by step: a run that was resumed may have logged a step twice, and the later row counts."""
+
+    training: list[Row]
+    heldout: list[Row]
+    x_name: str
+    tokens_at: dict[float, float]
+
+    def series(self, name: str, key: str, rows: Sequence[Row], style: Style = "line") -> Series:
+        """The values under `key` against tokens, or against steps where no row counts tokens."""
+        pairs = [(self.x(row), _number(row, key)) for row in rows]
+        x, y = tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
+        return Series(name, x, y, style)
+
+    def x(self, row: Row) -> float:
+        """Where a row stands on the common axis; a held-out row counts no tokens and takes those of its step."""
+        step = _number(row, "step")
+        if self.x_name == "steps":
+            return step
+        own = _number(row, "tokens")
+        if math.isfinite(own) or not self.tokens_at:
+            return own
+        # Tokens grow by a fixed number a step, so the nearest logged step before or after gives the rate.
+        near = min(self.tokens_at, key=lambda known: abs(known - step)) if math.isfinite(step) else math.nan
+        return self.tokens_at[near] * (step / near) if math.isfinite(near) and near > 0 else math.nan
+
+
+def _number(row: Row, key: str) -> float:
+    value = row.get(key)
+    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
+
+
+def _history(metrics: Sequence[Row]) -> _History:
+    training = {_number(r, "step"): r for r in metrics if "loss" in r}
+    heldout = {_number(r, "step"): r for r in metrics if "heldout_loss" in r or "heldout_bits_per_byte" in r}
+    known = {step: _number(r, "tokens") for step, r in training.items()}
+    tokens_at = {step: tokens for step, tokens in known.items() if math.isfinite(step) and math.isfinite(tokens)}
+    ordered = [[rows[step] for step in sorted(rows) if math.isfinite(step)] for rows in (training, heldout)]
+    return _History(ordered[0], ordered[1], "tokens" if tokens_at else "steps", tokens_at)
+
+
+def _prose(words: str) -> str:
+    return html.escape(words, quote=False)
+
+
+def _figure(title: str, chart: str, caption: str) -> str:
+    head = f"<h3>{_prose(title)}</h3>" if title else ""
+    return f'<figure class="card">{head}{chart}<figcaption>{_prose(caption)}</figcaption></figure>'
+
+
+def _top(report: RunReport) -> str:
+    """The verdict box: one number, the sentence that says what it means, and the bars that it is compared with."""
+    ours = Bar("this model", report.bits_per_byte, "", True)
+    others = [Bar(b.name, b.bits_per_byte, b.note) for b in report.baselines]
+    bars = sorted([ours, *others], key=lambda bar: bar.value if math.isfinite(bar.value) else math.inf)
+    chart = bar_chart(bars, "bits per byte of the model and of the baselines")
+    number = f"{report.bits_per_byte:.3f}" if math.isfinite(report.bits_per_byte) else "–"
+    paragraphs = "".join(f"<p>{_prose(p)}</p>" for p in report.explanation)
+    return (
+        '<section class="card top"><div>'
+        f'<p class="big">{number}</p><p class="unit">bits per byte on held-out text; lower is better</p>{paragraphs}'
+        f"</div><figure>{chart}<figcaption>Bits per byte: how many bits each byte of unseen text costs to store when "
+        "this predictor does the guessing. Uncompressed text costs 8.</figcaption></figure></section>"
+    )
+
+
+def _smoothed(series: Series) -> list[Series]:
+    """The series as a faint line, and its running median under its name."""
+    points = finite_points(series.x, series.y)
+    x, y = tuple(a for a, _ in points), tuple(b for _, b in points)
+    # A fortieth of the run is wide enough to hide batch noise and narrow enough to keep the knee of the curve.
+    middle = tuple(running_median(y, max(7, len(y) // 40)))
+    return [Series(f"{series.name}, each step", x, y, "faint"), Series(series.name, x, middle)]
+
+
+def _training(report: RunReport, history: _History) -> str:
+    levels = [Reference(b.name, b.bits_per_byte) for b in report.baselines]
+    bits = history.series("model", "heldout_bits_per_byte", history.heldout, "dots")
+    rate = history.series("learning rate", "lr", history.training)
+    norm = history.series("gradient norm", "grad_norm", history.training)
+    speed = history.series("tokens per second", "tokens_per_second", history.training)
+    loss = history.series("training", "loss", history.training)
+    heldout = history.series("held-out", "heldout_loss", history.heldout, "dots")
+    x = history.x_name
+    cards = [
+        _figure(
+            "Loss, nats per token",
+            line_chart([*_smoothed(loss), heldout], "training and held-out loss", x),
+            "How surprised the model is by each next token. The pale line is single steps, the bold one their running "
+            "median; when held-out loss stops following it down, the model has begun to memorise.",
+        ),
+        _figure(
+            "Held-out bits per byte",
+            line_chart([bits], "held-out bits per byte", x, references=levels),
+            "The same surprise counted per byte of text, so that it compares with a compressor. A dashed line is a "
+            "baseline; below it, the model predicts this text better.",
+        ),
+        _figure(
+            "Learning rate",
+            line_chart([rate], "learning rate", x, from_zero=True),
+            "The size of each update: it rises while the optimizer's averages settle, then falls so that the weights "
+            "come to rest in a minimum instead of bouncing across it.",
+        ),
+        _figure(
+            "Gradient norm",
+            line_chart(_smoothed(norm), "gradient norm", x, log_y=True),
+            "The length of the gradient before clipping, on a logarithmic axis; bold is its running median. Single "
+            "spikes are clipped and rarely do harm; a steady climb warns of a run about to diverge.",
+        ),
+        _figure(
+            "Speed, tokens per second",
+            line_chart(_smoothed(speed), "tokens per second", x, from_zero=True),
+            "The first steps often include compilation. Later dips are usually held-out checks, checkpoints, or "
+            "another program on the machine.",
+        ),
+        _heldout_table(history),
+    ]
+    return (
+        '<h2>Training</h2><p class="lead">What happened, from the first step to the last.</p>'
+        f'<div class="grid">{"".join(cards)}</div>'
+    )
+
+
+def _heldout_table(history: _History) -> str:
+    rows = history.heldout
+    # A hundred rows are enough to read; the last one, the result, is always among them.
+    stride = max(1, math.ceil(len(rows) / 100))
+    shown = rows[::-1][::stride]
+    cells = []
+    for row in shown:
+        bits, loss = _number(row, "heldout_bits_per_byte"), _number(row, "heldout_loss")
+        words = [f"{_number(row, 'step'):,.0f}"]
+        words += [f"{value:.4f}" if math.isfinite(value) else "–" for value in (loss, bits)]
+        cells.append("<tr>" + "".join(f"<td>{w}</td>" for w in words) + "</tr>")
+    body = "".join(cells) or '<tr><td colspan="3">no data</td></tr>'
+    return (
+        '<section class="card"><h3>Held-out checks, latest first</h3><div class="table"><table>'
+        "<thead><tr><th>step</th><th>loss</th><th>bits per byte</th></tr></thead>"
+        f'<tbody>{body}</tbody></table></div><p class="caption">Measured on text that training never sees. Loss over '
+        "ln 2 is bits per token; over the bytes that a token spans, bits per byte.</p></section>"
+    )
+
+
+def _memory(report: RunReport) -> str:
+    heads = sorted(report.heads, key=lambda h: (h.layer, h.head))
+    intervals = [Interval(str(h.layer), f"layer {h.layer}, head {h.head}", *h.half_life_tokens) for h in heads]
+    layers = sorted(report.write_strengths, key=lambda w: w.layer)
+    histograms = [Histogram(str(w.layer), w.bin_edges, w.counts) for w in layers]
+    cards = [
+        _figure(
+            "How long each head remembers",
+            interval_chart(intervals, "half-life of each head's memory", "layer", "half-life in tokens"),
+            "Half-life: the number of tokens after which exp(sum g) has fallen to one half, ln 2 / -g for a steady g. "
+            "Each strip is one head, its dot the median and its ends the 10th and 90th percentile over the text; a "
+            "hollow dot lies beyond the axis.",
+        ),
+        _figure(
+            "How strongly each layer writes",
+            histogram_rows(histograms, "write strengths of each layer", "layer", "write strength beta"),
+            "Write strength beta: 0 ignores the token, 1 replaces what the key held; between them old and new are "
+            "mixed. Each row is drawn to its own peak, so compare shapes and means, not heights.",
+        ),
+    ]
+    return (
+        '<h2>Inside the memory</h2><p class="lead">Every head keeps one matrix of fixed size. At each token a gate '
+        "decides how much of it fades, and beta how much of the new token is written.</p>"
+        f'<div class="grid">{"".join(cards)}</div>'
+    )
+
+
+def _samples(report: RunReport) -> str:
+    if not report.samples:
+        return ""
+    cards = []
+    for sample in report.samples:
+        sides = (("Before training", "who", sample.before), ("After training", "who after", sample.after))
+        columns = "".join(
+            f'<div><p class="{style}">{name}</p>'
+            f'<pre>\n<span class="prompt">{_prose(sample.prompt)}</span>{_prose(words)}</pre></div>'
+            for name, style, words in sides
+        )
+        cards.append(f'<article class="card"><div class="grid">{columns}</div></article>')
+    return (
+        '<h2>Before and after</h2><p class="lead">The same prompts, in grey, continued by the untrained weights '
+        f'and by the trained ones.</p><div class="samples">{"".join(cards)}</div>'
+    )
+
+
+def _facts(report: RunReport) -> str:
+    pairs = "".join(f"<dt>{_prose(name)}</dt><dd>{_prose(value)}</dd>" for name, value in report.facts)
+    listed = f'<h2>Facts</h2><dl class="card">{pairs}</dl>' if pairs else ""
+    recipe = (
+        f'<h2>Recipe</h2><details class="card"><summary>Show the resolved recipe (TOML)</summary><pre>\n'
+        f"{_prose(report.recipe)}</pre></details>"
+    )
+    return listed + (recipe if report.recipe else "")
+
+
+def render(report: RunReport) -> str:
+    """One whole HTML document that asks for no other file and runs no script; numbers not finite are left out."""
+    history = _history(report.metrics)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{_prose(report.title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        f'<header><p class="eyebrow">Gated DeltaNet run report</p><h1>{_prose(report.title)}</h1>'
+        f'<p class="verdict">{_prose(report.verdict)}</p></header>\n'
+        f"{_top(report)}\n{_training(report, history)}\n{_memory(report)}\n{_samples(report)}\n{_facts(report)}\n"
+        "</main></body></html>\n"
+    )

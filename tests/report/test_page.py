@@ -1,0 +1,157 @@
+"""The whole page: well-formed, self-contained, escaped, complete, small."""
+
+import math
+import re
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import pytest
+
+from gdn.report.page import Baseline, HeadMemory, RunReport, Sample, WriteStrengths, render
+
+VOID = {"meta", "br", "img", "link", "input", "hr"}
+
+
+class Reader(HTMLParser):
+    """Checks that tags balance, and collects the words."""
+
+    def __init__(self):
+        super().__init__()
+        self.open, self.words, self.attributes = [], [], []
+
+    def handle_starttag(self, tag, attrs):
+        self.attributes += [name for name, _ in attrs]
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.attributes += [name for name, _ in attrs]
+
+    def handle_endtag(self, tag):
+        assert self.open and self.open.pop() == tag, f"</{tag}> closes nothing"
+
+    def handle_data(self, data):
+        self.words.append(data)
+
+
+def read(page):
+    reader = Reader()
+    reader.feed(page)
+    reader.close()
+    assert reader.open == []
+    return reader
+
+
+def training_row(step):
+    return {
+        "step": step,
+        "tokens": step * 4096,
+        "seconds": step * 0.5,
+        "loss": 2 + 8 / (1 + step / 10),
+        "lr": 4e-4,
+        "grad_norm": 1.0 + (step % 7) / 10,
+        "tokens_per_second": 8192.0,
+    }
+
+
+def report(steps=200):
+    rows = [training_row(step) for step in range(1, steps + 1)]
+    rows += [{"step": s, "heldout_loss": 3 - s / 1e4, "heldout_bits_per_byte": 1.5 - s / 1e4} for s in (50, 100, 150)]
+    return RunReport(
+        title="demo <run>",
+        verdict="Better than gzip & worse than xz.",
+        facts=[("Machine", "two cores"), ("Parameters", "357,781,928")],
+        metrics=rows,
+        bits_per_byte=1.4321,
+        baselines=[Baseline("xz -9", 1.25, "long repeats"), Baseline("gzip", 2.5, "32 KB window")],
+        explanation=["First paragraph.", "a < b & c"],
+        heads=[HeadMemory(layer, head, (3.0, 70.0, 900.0)) for layer in range(3) for head in range(2)],
+        write_strengths=[WriteStrengths(layer, (0.0, 0.5, 1.0), (1, 3 + layer)) for layer in range(3)],
+        samples=[Sample("if a < b:\n", "<unk>\x00 & noise", "    return a")],
+        recipe='name = "demo"\n[model]\n',
+    )
+
+
+def test_page_is_balanced_and_holds_every_word_and_number_given():
+    reader = read(render(report()))
+    words = "".join(reader.words)
+    given = ["demo <run>", "Better than gzip & worse than xz.", "two cores", "357,781,928", "1.432", "1.250", "2.500"]
+    given += ["xz -9", "long repeats", "32 KB window", "First paragraph.", "a < b & c", "if a < b:\n", "& noise"]
+    given += ["    return a", 'name = "demo"\n[model]\n', "layer 2, head 1: median 70", "2.9850", "1.4850"]
+    assert [g for g in given if g not in words] == []
+
+
+def test_page_asks_for_nothing_and_runs_nothing():
+    page = render(report())
+    assert not re.search(r"https?://|@import|url\(|<script|<link", page)
+    assert {"src", "href", "srcset"}.isdisjoint(read(page).attributes)
+    assert not [name for name in read(page).attributes if name.startswith("on")]
+
+
+def test_hostile_text_stays_text():
+    attack = '</pre><script>alert("x")</script><img src=x onerror=y>'
+    base = report()
+    page = render(
+        replace(
+            base,
+            title=attack,
+            verdict=attack,
+            facts=[(attack, attack)],
+            baselines=[Baseline(attack, 1.3, attack)],
+            explanation=[attack],
+            samples=[Sample(attack, attack, attack)],
+            recipe=attack,
+        )
+    )
+    assert "<script" not in page and "<img" not in page
+    assert "src" not in read(page).attributes
+
+
+def test_rows_not_finite_change_nothing_but_their_own_point():
+    clean = report()
+    bad = {**training_row(201), "loss": math.nan, "lr": math.inf, "grad_norm": None, "tokens_per_second": "fast"}
+    page = render(replace(clean, metrics=[*clean.metrics, bad]))
+    assert page == render(clean)
+    assert "nan" not in re.sub(r"[a-z]+nan|nan[a-z]+", "", page)
+
+
+def test_empty_report_still_renders():
+    empty = RunReport("t", "v", [], [], math.nan, [], [], [], [], [], "")
+    words = "".join(read(render(empty)).words)
+    assert words.count("no data") == 9
+
+
+def test_a_step_logged_again_after_resuming_counts_once_and_last():
+    base = report()
+    stale = [{**training_row(step), "loss": 77.0} for step in range(150, 201)]
+    rows = [*base.metrics[:149], *stale, *base.metrics[149:]]
+    assert render(replace(base, metrics=rows)) == render(base)
+
+
+def test_heldout_points_stand_at_the_tokens_of_their_step():
+    page = render(report())
+    # Step 150 of 4,096 tokens each is 614,400 tokens.
+    assert "held-out: 2.985 at 614.4k" in page
+    without = [{k: v for k, v in row.items() if k != "tokens"} for row in report().metrics]
+    assert "held-out: 2.985 at 150" in render(replace(report(), metrics=without))
+
+
+def test_heldout_row_between_logged_steps_takes_the_rate_of_its_neighbour():
+    rows = [training_row(100), training_row(200), {"step": 250, "heldout_loss": 2.5}]
+    assert "held-out: 2.5 at 1.024M" in render(replace(report(), metrics=rows))
+
+
+@pytest.mark.parametrize("steps", [2000, 20_000])
+def test_page_stays_small_however_long_the_run(steps):
+    full = replace(
+        report(steps),
+        heads=[HeadMemory(layer, head, (3.3, 71.7, 912.2)) for layer in range(21) for head in range(4)],
+        write_strengths=[WriteStrengths(i, tuple(j / 40 for j in range(41)), tuple(range(40))) for i in range(21)],
+    )
+    assert len(render(full).encode()) < 200_000
+
+
+def test_verdict_bars_are_ordered_best_first():
+    page = render(report())
+    order = [page.index(f">{name}</text>") for name in ("xz -9", "this model", "gzip")]
+    assert order == sorted(order)
