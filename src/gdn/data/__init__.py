@@ -1,0 +1,1 @@
+"""Data: text to tokenizer, documents, token shards, an order that is a pure function, and batches."""

@@ -1,0 +1,121 @@
+"""Token shards to batches of tensors: training in the order of `order`, evaluation in the order of the text."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gdn.data.order import Order
+from gdn.data.shards import TokenShards
+from gdn.errors import ConfigError, DataError
+
+IGNORED = -100
+
+
+class Batch(NamedTuple):
+    """What one forward-backward computes on; all tensors on the CPU."""
+
+    input_ids: Tensor  # [B, T] int64
+    labels: Tensor  # [B, T] int64: the token after each input, or -100 where there is none to predict
+    cu_seqlens: Tensor | None  # [N+1] int32, then B == 1: where sequences begin, padded with the length
+    window_ids: Tensor  # [windows] int64: which windows of the split these are
+
+
+class Loader:
+    """The micro batches of any step, as a pure function of (shards, seed, step).
+
+    A window is seq_len + 1 tokens at a stride of seq_len, so that it has seq_len targets. With `reset_at_documents` the
+    windows of a micro batch are laid end to end, [1, micro_batch_size * seq_len], and `cu_seqlens` begins a sequence at
+    every window and document; its length is always micro_batch_size * (1 + most documents in a window) + 1, the unused
+    end filled with the total length, and the step from one document into the next is no target.
+    """
+
+    def __init__(
+        self,
+        shards: TokenShards,
+        seq_len: int,
+        micro_batch_size: int,
+        global_batch_size: int,
+        seed: int,
+        reset_at_documents: bool = False,
+    ) -> None:
+        """Raises ConfigError for sizes that do not divide and DataError for a split shorter than one window."""
+        for name, size in (("seq_len", seq_len), ("micro_batch_size", micro_batch_size)):
+            if size < 1:
+                raise ConfigError(f"{name} = {size}; expected at least 1")
+        if global_batch_size < 1 or global_batch_size % micro_batch_size:
+            raise ConfigError(
+                f"global_batch_size = {global_batch_size}; expected a multiple of micro_batch_size = {micro_batch_size}"
+            )
+        num_windows = shards.num_windows(seq_len)
+        if num_windows < 1:
+            raise DataError(
+                f"{shards.folder}: split {shards.split!r} has {shards.num_tokens} tokens; "
+                f"expected at least {seq_len + 1} for seq_len = {seq_len}"
+            )
+        self.shards = shards
+        self.seq_len = seq_len
+        self.micro_batch_size = micro_batch_size
+        self.global_batch_size = global_batch_size
+        self.order = Order(num_windows, seed)
+        self._num_boundaries = 0  # length of cu_seqlens
+        if reset_at_documents:
+            self._num_boundaries = micro_batch_size * (1 + shards.max_documents_per_window(seq_len)) + 1
+
+    def micro_batches(self, step: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
+        """Yield the micro batches of optimizer step `step` (from 0) that fall to `rank`: its slice of the global batch.
+
+        Raises ConfigError where micro_batch_size * world_size does not divide global_batch_size.
+        """
+        if self.global_batch_size % (self.micro_batch_size * world_size):
+            raise ConfigError(
+                f"global_batch_size = {self.global_batch_size}; expected a multiple of micro_batch_size = "
+                f"{self.micro_batch_size} times world_size = {world_size}"
+            )
+        share = self.global_batch_size // world_size
+        windows = self.order.batch(step, self.global_batch_size)[rank * share : (rank + 1) * share]
+        for first in range(0, share, self.micro_batch_size):
+            yield self.load(windows[first : first + self.micro_batch_size])
+
+    def load(self, windows: np.ndarray) -> Batch:
+        """The batch of the given windows, int64 [micro_batch_size]."""
+        T = self.seq_len
+        tokens = np.stack([self.shards.read(int(window) * T, T + 1) for window in windows])
+        inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+        ids = torch.from_numpy(windows)
+        if not self._num_boundaries:
+            return Batch(torch.from_numpy(inputs), torch.from_numpy(labels), None, ids)
+        total = len(windows) * T
+        boundaries = np.full(self._num_boundaries, total, dtype=np.int32)
+        used = 0
+        for row, window in enumerate(windows):
+            starts = self.shards.document_starts(int(window) * T, T + 1)
+            labels[row, starts[starts > 0] - 1] = IGNORED
+            inside = starts[(starts > 0) & (starts < T)]
+            boundaries[used] = row * T
+            boundaries[used + 1 : used + 1 + len(inside)] = row * T + inside
+            used += 1 + len(inside)
+        packed_inputs, packed_labels = torch.from_numpy(inputs.reshape(1, -1)), torch.from_numpy(labels.reshape(1, -1))
+        return Batch(packed_inputs, packed_labels, torch.from_numpy(boundaries), ids)
+
+
+def sequential_windows(shards: TokenShards, seq_len: int, micro_batch_size: int) -> Iterator[Batch]:
+    """The whole split in order, every token but its first the target exactly once, to evaluate it.
+
+    Windows begin with an empty context, wherever in a document they fall; the last is filled with id 0 and labels -100,
+    and the last batch may have fewer rows. For a score by document, read `shards.document_starts` instead.
+    """
+    T = seq_len
+    count = -(-max(shards.num_tokens - 1, 0) // T)
+    for first in range(0, count, micro_batch_size):
+        windows = np.arange(first, min(first + micro_batch_size, count), dtype=np.int64)
+        inputs = np.zeros((len(windows), T), dtype=np.int64)
+        labels = np.full((len(windows), T), IGNORED, dtype=np.int64)
+        for row, window in enumerate(windows):
+            start = int(window) * T
+            tokens = shards.read(start, min(T + 1, shards.num_tokens - start))
+            inputs[row, : len(tokens) - 1] = tokens[:-1]
+            labels[row, : len(tokens) - 1] = tokens[1:]
+        yield Batch(torch.from_numpy(inputs), torch.from_numpy(labels), None, torch.from_numpy(windows))
