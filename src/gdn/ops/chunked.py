@@ -1,0 +1,249 @@
+"""The gated delta rule in chunkwise (WY) form in plain PyTorch: the fast path wherever there is no GPU kernel.
+
+Within a chunk of C tokens the recurrence is a unit lower-triangular system, solved for all chunks at once; only the K x V state
+is carried from chunk to chunk, three operations each. The backward is written out: it follows the adjoint of the recurrence,
+not of the triangular inverse, which is shorter (no gradient of the inverse is ever formed).
+
+Per chunk, with gc the running sum of g from the chunk's start, and S the state before the chunk:
+
+    G_ij = exp(gc_i - gc_j) for i >= j             L = strictly lower part of G * (k k^T)
+    A = (I + L diag(beta))^-1                      X = A (v - exp(gc) k S)         what each token writes, before beta
+    o = scale exp(gc) q S + P (beta X),            P = scale G * (q k^T)
+    S' = exp(gc_C) S + (exp(gc_C - gc) k)^T (beta X)
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+class ChunkLayout(NamedTuple):
+    """How tokens lie in chunks: chunks are ordered by their rank within a sequence, sequences by falling number of chunks.
+
+    So the sequences still running at rank r are the first `running[r]`, and one loop over ranks serves batches and packed
+    documents alike. A chunk grid starts with each sequence: a packed document is computed exactly as it is alone.
+    """
+
+    chunk: int  # tokens a chunk
+    running: tuple[int, ...]  # sequences with a chunk of rank r
+    order: list[int] | None  # packed: sequence numbers by falling number of chunks; None: the batch as it is
+    gather: Tensor | None  # packed: [chunks * C] token of each slot; the number of tokens = padding
+    scatter: Tensor | None  # packed: [T] slot of each token
+
+
+def batch_layout(B: int, T: int, chunk: int) -> ChunkLayout:
+    """Layout of B sequences of T tokens each."""
+    return ChunkLayout(chunk, (B,) * -(-T // chunk), None, None, None)
+
+
+def packed_layout(lengths: list[int], chunk: int, device: torch.device) -> ChunkLayout:
+    """Layout of sequences that lie one behind another, lengths in tokens; zero lengths have no chunk."""
+    counts = [-(-length // chunk) for length in lengths]
+    order = sorted(range(len(lengths)), key=lambda n: -counts[n])
+    starts = [0]
+    for length in lengths:
+        starts.append(starts[-1] + length)
+    total = starts[-1]
+    running = tuple(sum(count > r for count in counts) for r in range(max(counts, default=0)))
+    positions = torch.arange(chunk)
+    slots = []
+    for r, n_running in enumerate(running):
+        for n in order[:n_running]:
+            token = starts[n] + r * chunk + positions
+            slots.append(torch.where(token < starts[n + 1], token, total))
+    gather = torch.cat(slots) if slots else positions[:0]
+    scatter = torch.empty(total + 1, dtype=torch.long)
+    scatter[gather] = torch.arange(len(gather))
+    return ChunkLayout(chunk, running, order, gather.to(device), scatter[:total].to(device))
+
+
+def gated_delta_rule_chunked(
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None, lengths: list[int] | None
+) -> tuple[Tensor, Tensor]:
+    """As `gated_delta_rule_reference`, to rounding, in chunks; differentiable once.
+
+    Computes in float32, or in float64 if v is float64; returns o and the final state in that dtype.
+    """
+    B, T, HV, V = v.shape
+    K, dtype = q.shape[-1], torch.promote_types(v.dtype, torch.float32)
+    N = B if lengths is None else len(lengths)
+    chunk = _chunk_size(T if lengths is None else max(lengths, default=0), max(K, V))
+    layout = batch_layout(B, T, chunk) if lengths is None else packed_layout(lengths, chunk, v.device)
+    groups = HV // q.shape[2]
+    if groups > 1:
+        q, k = (x.repeat_interleave(groups, dim=2) for x in (q, k))
+    state = v.new_zeros(N, HV, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    if layout.order is not None:
+        state = state[layout.order]
+    if not layout.running:
+        return v.to(dtype), initial_state.to(dtype).clone() if initial_state is not None else state
+    inputs = [_to_chunks(x.to(dtype), layout) for x in (q, k, v)]
+    gates = [_to_chunks(x.to(dtype).unsqueeze(-1), layout).squeeze(-1) for x in (g, beta)]
+    counts = tuple(n * HV for n in layout.running)
+    o, final = _ChunkRule.apply(*inputs, *gates, state.flatten(0, 1), scale, counts)
+    final = final.view(N, HV, K, V)
+    if layout.order is not None:
+        final = final[torch.tensor(layout.order).argsort().to(final.device)]
+    return _from_chunks(o, layout, B, T, HV), final
+
+
+def _chunk_size(T: int, width: int) -> int:
+    # Work within chunks grows with C, carrying the width x width state costs one pass a chunk. Measured: docs/log.md, 2026-11-23.
+    return max(1, min(T, 64 if width >= 128 else 32))
+
+
+def _to_chunks(x: Tensor, layout: ChunkLayout) -> Tensor:
+    """[B, T, HV, D] -> [chunks * HV, C, D], zeros where there is no token: they neither read, write nor decay."""
+    B, T, HV, D = x.shape
+    C = layout.chunk
+    if layout.gather is not None:
+        x = torch.cat([x[0], x.new_zeros(1, HV, D)]).index_select(0, layout.gather)
+        return x.view(-1, C, HV, D).transpose(1, 2).reshape(-1, C, D)
+    if T % C:
+        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, C - T % C))
+    return x.view(B, -1, C, HV, D).permute(1, 0, 3, 2, 4).reshape(-1, C, D)
+
+
+def _from_chunks(x: Tensor, layout: ChunkLayout, B: int, T: int, HV: int) -> Tensor:
+    """[chunks * HV, C, D] -> [B, T, HV, D], dropping the padding."""
+    C, D = x.shape[1:]
+    if layout.scatter is not None:
+        return x.view(-1, HV, C, D).transpose(1, 2).reshape(-1, HV, D).index_select(0, layout.scatter).unsqueeze(0)
+    return x.view(-1, B, HV, C, D).permute(1, 0, 3, 2, 4).reshape(B, -1, HV, D)[:, :T]
+
+
+def _unit_lower_inverse(lower: Tensor) -> Tensor:
+    """(I + lower)^-1 for strictly lower-triangular [M, C, C]; by substitution, which repeated keys do not upset."""
+    identity = torch.eye(lower.shape[-1], dtype=lower.dtype, device=lower.device).expand_as(lower)
+    return torch.linalg.solve_triangular(lower, identity, upper=False, unitriangular=True)
+
+
+def _decay(g: Tensor) -> Tensor:
+    """G [M, C, C]: exp of the sum of g over (j, i] at and below the diagonal, zero above."""
+    M, C = g.shape
+    # Sums over each interval itself, not differences of running sums: those lose digits after strong decay, and -inf is nan.
+    steps = g.unsqueeze(-1).expand(M, C, C).tril(-1)
+    return steps.cumsum(dim=1).exp().tril()
+
+
+def _intra(k: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
+    """G and L of each chunk [M, C, C]."""
+    decay = _decay(g)
+    return decay, (k @ k.mT).mul_(decay).tril_(-1)
+
+
+def _edges(g: Tensor, decay: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """exp(gc) [M, C, 1], exp(gc_C - gc) [M, C, 1] and exp(gc_C) [M, 1, 1]: decay from, to and over the ends of the chunk."""
+    from_start = g.cumsum(-1).exp().unsqueeze(-1)
+    return from_start, decay[:, -1].unsqueeze(-1), from_start[:, -1:]
+
+
+def _dot(x: Tensor, y: Tensor) -> Tensor:
+    """Sum of x * y over the last axis; a matrix product, because x * y would allocate a third array of their size."""
+    return torch.bmm(x.reshape(-1, 1, x.shape[-1]), y.reshape(-1, y.shape[-1], 1)).view(x.shape[:-1])
+
+
+# Floats of one [rows, C, K] array that a block of chunks may take: the dozen arrays of a block then stay in a core's cache.
+_BLOCK_FLOATS = 1 << 19
+
+
+def _blocks(counts: tuple[int, ...], floats: int) -> list[tuple[int, int, tuple[int, ...]]]:
+    """Cut the ranks into blocks of (first chunk, chunks, counts) of at least one rank; `floats` a chunk of one [C, K] array."""
+    limit = _BLOCK_FLOATS // floats
+    blocks: list[tuple[int, int, tuple[int, ...]]] = []
+    first, members = 0, list[int]()
+    for n in counts:
+        if members and sum(members) + n > limit:
+            blocks.append((first, sum(members), tuple(members)))
+            first, members = first + sum(members), []
+        members.append(n)
+    return [*blocks, (first, sum(members), tuple(members))]
+
+
+class _ChunkRule(torch.autograd.Function):
+    """q, k [M, C, K], v [M, C, V], g, beta [M, C], state [rows, K, V]; M = sum(counts), counts[r] rows run at rank r.
+
+    Both directions walk over blocks of a few ranks: what is independent of the state is computed for a block at once, then the
+    state is carried through it. Temporary arrays are those of one block.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, counts: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor]:
+        o, final = torch.empty_like(v), state.clone()
+        saved: list[Tensor] = []
+        for first, size, members in _blocks(counts, q.shape[1] * max(q.shape[2], v.shape[2])):
+            block = slice(first, first + size)
+            q_, k_, beta_column = q[block], k[block], beta[block].unsqueeze(-2)
+            decay, lower = _intra(k_, g[block])
+            from_start, to_end, whole = _edges(g[block], decay)
+            inverse = _unit_lower_inverse(lower * beta_column)
+            w = (inverse * from_start.mT) @ k_
+            x = inverse @ v[block]
+            k_out = k_ * (to_end * beta_column.mT)
+            states = v.new_empty(size, *state.shape[1:])
+            start = 0
+            for n in members:
+                part, now = slice(start, start + n), final[:n]
+                states[part] = now
+                x[part].baddbmm_(w[part], now, alpha=-1)
+                now.mul_(whole[part]).baddbmm_(k_out[part].mT, x[part])
+                start += n
+            scores = (q_ @ k_.mT).mul_(decay).mul_(beta_column * scale)
+            torch.bmm(q_, states, out=o[block]).mul_(from_start * scale).baddbmm_(scores, x)
+            if any(ctx.needs_input_grad):
+                saved += [decay, lower, inverse, x, states]
+        ctx.save_for_backward(q, k, v, g, beta, *saved)
+        ctx.scale, ctx.counts = scale, counts
+        return o, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, do: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
+        q, k, v, g, beta, *saved = ctx.saved_tensors
+        scale, do = ctx.scale, do.contiguous()
+        dq, dk, dv, dg, d_beta = (torch.empty_like(tensor) for tensor in (q, k, v, g, beta))
+        running = d_final.clone()
+        for first, size, members in reversed(_blocks(ctx.counts, q.shape[1] * max(q.shape[2], v.shape[2]))):
+            block = slice(first, first + size)
+            q_, k_, do_ = q[block], k[block], do[block]
+            decay, lower, inverse, x, states = saved[-5:]
+            del saved[-5:]
+            beta_row, beta_column = beta[block].unsqueeze(-1), beta[block].unsqueeze(-2)
+            from_start, to_end, whole = _edges(g[block], decay)
+
+            # d: the gradient of beta X, from its own chunk's outputs and from the state after it, by the reverse recurrence.
+            score_decay = decay * scale
+            d = (q_ @ k_.mT).mul_(score_decay).mT @ do_
+            do_start, k_end = do_ * (from_start * scale), k_ * to_end
+            w = (inverse * from_start.mT * beta_row) @ k_
+            d_states = torch.empty_like(states)
+            start = size
+            for n in reversed(members):
+                part, now = slice(start - n, start), running[:n]
+                d_states[part] = now
+                d[part].baddbmm_(k_end[part], now)
+                now.mul_(whole[part]).baddbmm_(w[part].mT, d[part], alpha=-1).baddbmm_(q_[part].mT, do_start[part])
+                start -= n
+
+            dv_ = torch.bmm((inverse * beta_row).mT, d, out=dv[block])
+            cross = dv_ @ x.mT
+            d_beta[block] = _dot(x, d) - (lower * cross).sum(-2)
+            cross.mul_(decay).mul_(beta_column).tril_(-1)
+            d_scores = (do_ @ x.mT).mul_(score_decay).mul_(beta_column)
+
+            dq_ = torch.bmm(do_start, states.mT, out=dq[block]).baddbmm_(d_scores, k_)
+            dk_ = torch.bmm(x, d_states.mT, out=dk[block]).mul_(to_end * beta_row)
+            inner = _dot(states, d_states).sum(-1)
+            at_end = whole.flatten() * inner + _dot(k_, dk_).sum(-1)
+            back = torch.bmm(dv_, states.mT).mul_(-from_start).baddbmm_(cross, k_, alpha=-1)
+            dk_.baddbmm_(d_scores.mT, q_).baddbmm_(cross.mT, k_, alpha=-1)
+            # Of the exact forms of the gradient of gc this one keeps its digits when the decay is strong.
+            d_gc = _dot(q_, dq_) + _dot(k_, back) - _dot(k_, dk_)
+            d_gc[:, -1] += at_end
+            dg[block] = d_gc.flip(-1).cumsum(-1).flip(-1)
+            dk_.add_(back)
+        return dq, dk, dv, dg, d_beta, running, None, None
