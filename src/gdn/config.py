@@ -137,7 +137,9 @@ def _convert(value: Any, hint: Any, where: str, key: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):
-        raise _wrong_type(where, key, value, {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[hint])
+        raise _wrong_type(
+            where, key, value, {int: "an integer", float: "a number", str: "a string", bool: "true or false"}[hint]
+        )
     if isinstance(value, float) and not math.isfinite(value):
         raise ConfigError(f"{where}: {key} = {value!r}; expected a finite number")
     return value

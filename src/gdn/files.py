@@ -87,7 +87,9 @@ def lock_folder(folder: Path) -> Iterator[None]:
         except BlockingIOError:
             stream.seek(0)
             holder = stream.read().strip() or "unknown"
-            raise RunError(f"{folder} is in use by another process (pid {holder}); wait for it or choose another folder") from None
+            raise RunError(
+                f"{folder} is in use by another process (pid {holder}); wait for it or choose another folder"
+            ) from None
         stream.truncate(0)
         stream.write(str(os.getpid()))
         stream.flush()

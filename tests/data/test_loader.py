@@ -53,9 +53,7 @@ def test_an_epoch_predicts_every_token_once(shards: TokenShards) -> None:
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
-def test_the_global_batch_is_the_same_for_any_division(
-    shards: TokenShards, world_size: int, micro_batch_size: int
-) -> None:
+def test_the_global_batch_is_the_same_for_any_division(shards: TokenShards, world_size: int, micro_batch_size: int) -> None:
     whole = next(Loader(shards, T, 8, 8, seed=3).micro_batches(7))
     loader = Loader(shards, T, micro_batch_size, 8, seed=3)
     parts = [batch for rank in range(world_size) for batch in loader.micro_batches(7, rank, world_size)]

@@ -30,9 +30,7 @@ def test_every_window_exactly_once_per_epoch(num_windows: int, seed: int, epoch:
 
 @settings(max_examples=60, deadline=None)
 @given(st.integers(1, 300), st.integers(0, 2**31), st.integers(0, 2000), st.integers(1, 400), st.data())
-def test_any_slicing_is_the_same_stream(
-    num_windows: int, seed: int, first: int, count: int, data: st.DataObject
-) -> None:
+def test_any_slicing_is_the_same_stream(num_windows: int, seed: int, first: int, count: int, data: st.DataObject) -> None:
     order = Order(num_windows, seed)
     cut = data.draw(st.integers(0, count))
     parts = [order.windows(first, cut), order.windows(first + cut, count - cut)]

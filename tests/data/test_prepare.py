@@ -76,9 +76,7 @@ def test_without_bos_and_with_duplicates(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="split 'heldout' got no document"):  # its only text is a copy of a train one
         prepare(documents, TOKENIZER, tmp_path / "out", split_of=split_of, deduplicate=True)
     assert not (tmp_path / "out").exists()
-    only = prepare(
-        documents, TOKENIZER, tmp_path / "out", split_of=lambda _: "train", splits=["train"], deduplicate=True
-    )
+    only = prepare(documents, TOKENIZER, tmp_path / "out", split_of=lambda _: "train", splits=["train"], deduplicate=True)
     assert (only.duplicates, only.num_documents("train"), list(only.splits)) == (2, 2, ["train"])
 
 

@@ -166,9 +166,7 @@ def test_skip_bad_counts_and_goes_on(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("module", "name"), [("zstandard", "x.jsonl.zst"), ("pyarrow", "x.parquet")])
-def test_a_missing_extra_names_its_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str
-) -> None:
+def test_a_missing_extra_names_its_install(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, module: str, name: str) -> None:
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=r'needs .*pip install "gdn\[data\]"'):
         list(read_documents(write(tmp_path / name, b"x"), skip_bad=False))

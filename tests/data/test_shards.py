@@ -83,9 +83,7 @@ def test_a_truncated_shard_is_named_at_open(folder: Path, name: str) -> None:
     data = (folder / name).read_bytes()
     for altered in (data[:-1], data + b"\0", b""):
         (folder / name).write_bytes(altered)
-        with pytest.raises(
-            DataError, match=f"{name}: truncated or altered: got {len(altered)} bytes, expected {len(data)}"
-        ):
+        with pytest.raises(DataError, match=f"{name}: truncated or altered: got {len(altered)} bytes, expected {len(data)}"):
             TokenShards.open(folder, name.split("-")[0])
         with pytest.raises(DataError, match=name):
             verify_shards(folder)

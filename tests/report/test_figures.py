@@ -81,9 +81,7 @@ def test_a_range_that_cuts_off_says_what_it_cuts():
 
 def test_a_level_near_the_data_is_shown_and_a_far_one_is_not():
     model = Series("model", (0.0, 1.0), (2.0, 1.0))
-    svg = line_chart(
-        [model], "l", "x", references=[Reference("xz", 0.9), Reference("none", 8.0), Reference("nan", NAN)]
-    )
+    svg = line_chart([model], "l", "x", references=[Reference("xz", 0.9), Reference("none", 8.0), Reference("nan", NAN)])
     assert "xz 0.9" in texts(svg)
     assert len(elements(svg, "line", "reference")) == 1
 
@@ -93,9 +91,7 @@ def test_charts_without_data_say_so(series):
     assert texts(line_chart(series, "l", "x")) == ["no data"]
     assert texts(bar_chart([Bar("a", NAN)], "l")) == ["no data"]
     assert texts(interval_chart([Interval("0", "h", NAN, 1, 2)], "l", "layer", "t")) == ["no data"]
-    assert texts(histogram_rows([Histogram("0", (0.0, 1.0), (0,)), Histogram("1", (), ())], "l", "layer", "b")) == [
-        "no data"
-    ]
+    assert texts(histogram_rows([Histogram("0", (0.0, 1.0), (0,)), Histogram("1", (), ())], "l", "layer", "b")) == ["no data"]
 
 
 def test_a_single_point_is_drawn():

@@ -79,9 +79,7 @@ def list_files(source: Path, *, suffixes: Collection[str] = SUFFIXES, exclude: C
         for folder, folders, names in os.walk(source, onerror=_raise):
             folders[:] = [name for name in folders if not _skipped(name) and name not in exclude]
             relative = Path(folder).relative_to(source)
-            found += [
-                (relative / name).as_posix() for name in names if not _skipped(name) and _suffix(name) in suffixes
-            ]
+            found += [(relative / name).as_posix() for name in names if not _skipped(name) and _suffix(name) in suffixes]
     except OSError as error:
         raise DataError(f"{error.filename or source}: cannot be read: {error.strerror}") from None
     if not found:

@@ -120,9 +120,7 @@ def read_manifest(folder: Path) -> Manifest:
             if not re.fullmatch(re.escape(split) + r"-\d{5,}\.bin", file.name):
                 raise DataError(f"{path}: shard name {file.name!r}; expected {split}-00000.bin, {split}-00001.bin, ...")
             if not file.tokens or not file.documents:
-                raise DataError(
-                    f"{path}: {file.name} has {file.tokens} tokens and {file.documents} documents; expected some"
-                )
+                raise DataError(f"{path}: {file.name} has {file.tokens} tokens and {file.documents} documents; expected some")
     if isinstance(data.get("sources"), list):
         data["sources"] = tuple(data["sources"])
     manifest = _build(Manifest, data, path, "")

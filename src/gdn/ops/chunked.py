@@ -60,7 +60,14 @@ def packed_layout(lengths: list[int], chunk: int, device: torch.device) -> Chunk
 
 
 def gated_delta_rule_chunked(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None, lengths: list[int] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    lengths: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """As `gated_delta_rule_reference`, to rounding, in chunks; differentiable once.
 
@@ -171,7 +178,15 @@ class _ChunkRule(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, counts: tuple[int, ...]
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        g: Tensor,
+        beta: Tensor,
+        state: Tensor,
+        scale: float,
+        counts: tuple[int, ...],
     ) -> tuple[Tensor, Tensor]:
         o, final = torch.empty_like(v), state.clone()
         saved: list[Tensor] = []

@@ -8,7 +8,14 @@ from torch import Tensor
 
 
 def gated_delta_rule_reference(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, scale: float, initial_state: Tensor | None, lengths: list[int] | None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    lengths: list[int] | None,
 ) -> tuple[Tensor, Tensor]:
     """The recurrence of Yang et al. 2024 (arXiv:2412.06464, equation 10), literally.
 

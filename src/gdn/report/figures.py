@@ -255,9 +255,7 @@ ROWS_TOP = 26.0
 ROWS_BOTTOM = 42.0
 
 
-def _row_axes(
-    names: Sequence[str], row_label: str, x: Scale, ticks: Sequence[tuple[float, str]], x_label: str
-) -> list[str]:
+def _row_axes(names: Sequence[str], row_label: str, x: Scale, ticks: Sequence[tuple[float, str]], x_label: str) -> list[str]:
     pitch = _row_pitch(len(names))
     bottom = ROWS_TOP + pitch * len(names)
     parts = [_text(x.start - 10, ROWS_TOP - 10, row_label, "tick", "end")]

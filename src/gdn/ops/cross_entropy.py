@@ -1,0 +1,59 @@
+"""Linear layer and cross-entropy in chunks of rows: the full logits of a batch never exist in training."""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+IGNORED = -100  # the label of a position that is not a target: PyTorch's own convention
+_CHUNK_LOGITS = 1 << 22  # logits alive at a time: 16 MiB in float32
+
+
+def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+    """Sum of -log softmax(hidden @ weight^T)[label] over all rows whose label is not -100: a float32 scalar.
+
+    hidden [R, D]; weight [V, D]; labels [R] int64. The matrix products run in hidden's dtype, softmax and sums in float32
+    (float64 for float64). The gradients are computed with the loss, chunk by chunk, which saves a second product.
+    """
+    loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, labels)
+    return loss
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        dtype = torch.promote_types(hidden.dtype, torch.float32)
+        narrow = weight.to(hidden.dtype)
+        loss = torch.zeros((), dtype=dtype, device=hidden.device)
+        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        d_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        rows = max(1, _CHUNK_LOGITS // len(weight))
+        for h, target, part in zip(hidden.split(rows), labels.split(rows), range(0, len(hidden), rows)):
+            valid = target != IGNORED
+            log_probabilities = F.log_softmax((h @ narrow.mT).to(dtype), dim=-1)
+            index = target.where(valid, 0).unsqueeze(-1)
+            loss -= log_probabilities.gather(-1, index).squeeze(-1).mul(valid).sum()
+            if d_hidden is None and d_weight is None:
+                continue
+            d_logits = log_probabilities.exp_()
+            d_logits.scatter_add_(-1, index, torch.full_like(index, -1, dtype=dtype))
+            d_logits = d_logits.mul_(valid.unsqueeze(-1)).to(hidden.dtype)
+            if d_hidden is not None:
+                torch.mm(d_logits, narrow, out=d_hidden[part : part + rows])
+            if d_weight is not None:
+                d_weight += d_logits.mT @ h
+        ctx.save_for_backward(d_hidden, d_weight)
+        ctx.weight_dtype = weight.dtype
+        return loss
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_loss: Tensor) -> tuple[Tensor | None, ...]:
+        d_hidden, d_weight = ctx.saved_tensors
+        return (
+            None if d_hidden is None else d_hidden * d_loss.to(d_hidden.dtype),
+            None if d_weight is None else (d_weight * d_loss).to(ctx.weight_dtype),
+            None,
+        )
