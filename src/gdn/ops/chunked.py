@@ -97,7 +97,7 @@ def gated_delta_rule_chunked(
 
 
 def _chunk_size(T: int, width: int) -> int:
-    # Work within chunks grows with C, carrying the width x width state costs one pass a chunk. Measured: docs/log.md, 2026-11-23.
+    # Work within chunks grows with C, carrying the width x width state costs one pass a chunk. Measured: docs/log.md.
     return max(1, min(T, 64 if width >= 128 else 32))
 
 

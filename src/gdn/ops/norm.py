@@ -1,4 +1,4 @@
-"""RMSNorm, its gated form and the L2 norm of queries and keys. Computed in float32 (float64 for float64), returned in x's dtype."""
+"""RMSNorm, its gated form and the L2 norm of queries and keys, computed in float32 (float64 for float64 input)."""
 
 import torch
 import torch.nn.functional as F

@@ -1,0 +1,1 @@
+"""The Gated DeltaNet language model: configuration, modules, decode state, loading."""

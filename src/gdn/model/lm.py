@@ -1,0 +1,140 @@
+"""The language model: embeddings, blocks, head; and its initialisation."""
+
+import math
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gdn.model.config import ModelConfig
+from gdn.model.layers import Linear, RMSNorm, SwiGLU
+from gdn.model.mixer import GatedDeltaNet, LayerState, ShortConv
+from gdn.model.state import DecodeState
+from gdn.ops import linear_cross_entropy
+
+Init = Literal["mamba", "zeros"]
+
+
+class LMOutput(NamedTuple):
+    """With labels: loss_sum over the valid ones, float32. Without: logits [B, T, vocab], or [N, vocab] with last_only."""
+
+    loss_sum: Tensor | None
+    logits: Tensor | None
+    state: DecodeState | None
+
+
+class Block(nn.Module):
+    """Pre-norm residual block: mixer, then SwiGLU."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.attn = GatedDeltaNet(config)
+        self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
+        self.mlp = SwiGLU(config.hidden_size, config.ffn_size)
+
+    def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), state, cu_seqlens)
+        out: Tensor = x + self.mlp(self.mlp_norm(x))
+        return out
+
+
+class Backbone(nn.Module):
+    """Token ids to hidden states."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.norm_eps)
+
+    def forward(
+        self, x: Tensor, state: DecodeState | None = None, cu_seqlens: Tensor | None = None, dtype: torch.dtype | None = None
+    ) -> Tensor:
+        """Ids [B, T] to hidden states [B, T, hidden], computed in `dtype` (the embeddings' own if None)."""
+        x = self.embeddings(x)
+        x = x if dtype is None else x.to(dtype)
+        for i, layer in enumerate(self.layers):
+            x = layer(x, None if state is None else LayerState(state.recurrent[i], state.conv[i]), cu_seqlens)
+        out: Tensor = self.norm(x)
+        return out
+
+
+class GatedDeltaNetLM(nn.Module):
+    """The model of the published checkpoint; state_dict keys are flash-linear-attention's."""
+
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
+        """compute_dtype: of activations and matrix products; None: that of the weights."""
+        super().__init__()
+        self.config = config
+        self.compute_dtype = compute_dtype
+        self.model = Backbone(config)
+        self.lm_head = Linear(config.hidden_size, config.vocab_size)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embeddings.weight
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor | None = None,
+        *,
+        state: DecodeState | None = None,
+        cu_seqlens: Tensor | None = None,
+        last_only: bool = False,
+    ) -> LMOutput:
+        """Loss or logits of a batch of token ids [B, T].
+
+        labels [B, T]: the token to be predicted at each position (not shifted here), -100 for none; then no logits are made.
+        state: read and updated in place, without gradients, one row a sequence. cu_seqlens: see `gated_delta_rule`.
+        last_only: logits of each sequence's last token alone, [N, vocab].
+        """
+        hidden = self.model(input_ids, state, cu_seqlens, self.compute_dtype)
+        if state is not None:
+            state.position += input_ids.shape[1] if cu_seqlens is None else cu_seqlens.diff()
+        if labels is not None:
+            loss_sum = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, labels.flatten())
+            return LMOutput(loss_sum, None, state)
+        if last_only:
+            hidden = hidden[:, -1] if cu_seqlens is None else hidden[0, (cu_seqlens[1:] - 1).long()]
+        return LMOutput(None, self.lm_head(hidden), state)
+
+    def new_state(self, rows: int) -> DecodeState:
+        """The empty decode state for this model where it lies."""
+        weight = self.model.embeddings.weight
+        return DecodeState.empty(self.config, rows, weight.device, self.compute_dtype or weight.dtype)
+
+
+def init_weights(model: GatedDeltaNetLM, init: Init, seed: int) -> None:
+    """Draw all weights anew from `seed`: the same bytes on every machine and wrapper, being drawn on the CPU in a fixed order.
+
+    Matrices from N(0, initializer_range), norms one, biases zero. "mamba": A_log = log U(0, 16), dt_bias the inverse softplus
+    of log-uniform (0.001, 0.1). "zeros": both 0, as they stayed in Flame's multi-GPU runs (fla-org/flame#42).
+    """
+    generator = torch.Generator().manual_seed(seed)
+    std = model.config.initializer_range
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, nn.Linear | nn.Embedding | ShortConv):
+                if module is model.lm_head and model.config.tie_word_embeddings:
+                    continue
+                module.weight.copy_(torch.randn(module.weight.shape, generator=generator) * std)
+                if isinstance(module, ShortConv) and module.bias is not None:
+                    module.bias.zero_()
+            elif isinstance(module, RMSNorm):
+                module.weight.fill_(1.0)
+            elif isinstance(module, GatedDeltaNet):
+                A_log, dt_bias = gate_parameters(init, len(module.A_log), generator)
+                module.A_log.copy_(A_log)
+                module.dt_bias.copy_(dt_bias)
+
+
+def gate_parameters(init: Init, heads: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+    """A_log and dt_bias [HV] of one layer as `init_weights` draws them."""
+    if init == "zeros":
+        return torch.zeros(heads), torch.zeros(heads)
+    uniform = torch.rand(2, heads, generator=generator)
+    # The floor keeps log(0) = -inf out: such a head would never forget, and nothing could train it to.
+    A_log = (16 * uniform[0]).clamp(min=1e-4).log()
+    low, high = math.log(0.001), math.log(0.1)
+    dt = (low + (high - low) * uniform[1]).exp().clamp(min=1e-4)
+    return A_log, dt + torch.log(-torch.expm1(-dt))

@@ -1,0 +1,113 @@
+"""The token mixer: projections, short convolutions, gates, the gated delta rule and the gated output norm."""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gdn.model.config import ModelConfig
+from gdn.model.layers import GatedRMSNorm, Linear, RMSNorm
+from gdn.ops import (
+    beta_gate,
+    decay_gate,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    gated_delta_rule_with_state,
+    l2_norm,
+    short_conv,
+    short_conv_step,
+    short_conv_with_state,
+)
+
+
+class LayerState(NamedTuple):
+    """One layer's views into a DecodeState: recurrent [N, HV, K, V], conv [N, conv_size - 1, D]."""
+
+    recurrent: Tensor
+    conv: Tensor
+
+
+class ShortConv(nn.Module):
+    """The parameters of a depthwise convolution, in conv1d's layout [D, 1, W]."""
+
+    def __init__(self, channels: int, conv_size: int, bias: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(channels, 1, conv_size))
+        self.bias = nn.Parameter(torch.zeros(channels)) if bias else None
+
+    def forward(self, x: Tensor, state: Tensor | None, cu_seqlens: Tensor | None) -> Tensor:
+        """x [B, T, D] -> [B, T, D]; `state` [N, W - 1, D] is read and updated in place."""
+        weight = self.weight.squeeze(1)
+        if state is None:
+            return short_conv(x, weight, self.bias, cu_seqlens=cu_seqlens)
+        if cu_seqlens is None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            return short_conv_step(x.squeeze(1), weight, self.bias, state).unsqueeze(1)
+        y, final = short_conv_with_state(x, weight, self.bias, initial_state=state, cu_seqlens=cu_seqlens)
+        state.copy_(final.detach())
+        return y
+
+
+class GatedDeltaNet(nn.Module):
+    """One Gated DeltaNet layer. Source: arXiv:2412.06464, section 3.4; parameter names of flash-linear-attention."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        hidden, HV = config.hidden_size, config.value_heads
+        self.config = config
+        self.q_proj = Linear(hidden, config.key_dim)
+        self.k_proj = Linear(hidden, config.key_dim)
+        self.v_proj = Linear(hidden, config.value_dim)
+        self.a_proj = Linear(hidden, HV)
+        self.b_proj = Linear(hidden, HV)
+        self.A_log = nn.Parameter(torch.zeros(HV))
+        self.dt_bias = nn.Parameter(torch.zeros(HV))
+        if config.use_short_conv:
+            self.q_conv1d = ShortConv(config.key_dim, config.conv_size, config.conv_bias)
+            self.k_conv1d = ShortConv(config.key_dim, config.conv_size, config.conv_bias)
+            self.v_conv1d = ShortConv(config.value_dim, config.conv_size, config.conv_bias)
+        if config.use_gate:
+            self.g_proj = Linear(hidden, config.value_dim)
+        self.o_norm = (GatedRMSNorm if config.use_gate else RMSNorm)(config.head_v_dim, config.norm_eps)
+        self.o_proj = Linear(config.value_dim, hidden)
+
+    def gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """Log decay g and write strength beta of each token, [B, T, HV] float32 each."""
+        g = decay_gate(self.a_proj(x), self.A_log, self.dt_bias)
+        return g, beta_gate(self.b_proj(x), self.config.allow_neg_eigval)
+
+    def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        """x [B, T, hidden] -> [B, T, hidden]; the state, if given, is read and updated in place, without gradients."""
+        B, T, _ = x.shape
+        config = self.config
+        q, k, v = self._convolve(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, cu_seqlens)
+        q = l2_norm(q.view(B, T, config.num_heads, config.head_dim))
+        k = l2_norm(k.view(B, T, config.num_heads, config.head_dim))
+        v = v.view(B, T, config.value_heads, config.head_v_dim)
+        g, beta = self.gates(x)
+        if state is None:
+            o = gated_delta_rule(q, k, v, g, beta, cu_seqlens=cu_seqlens)
+        elif cu_seqlens is None and T == 1 and not torch.is_grad_enabled():
+            q, k, v, g, beta = (tensor.squeeze(1) for tensor in (q, k, v, g, beta))
+            o = gated_delta_rule_step(q, k, v, g, beta, state.recurrent).unsqueeze(1)
+        else:
+            o, final = gated_delta_rule_with_state(q, k, v, g, beta, initial_state=state.recurrent, cu_seqlens=cu_seqlens)
+            state.recurrent.copy_(final.detach())
+        if config.use_gate:
+            o = self.o_norm(o, self.g_proj(x).view(o.shape))
+        else:
+            o = self.o_norm(o)
+        out: Tensor = self.o_proj(o.flatten(-2))
+        return out
+
+    def _convolve(
+        self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, cu_seqlens: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        if not self.config.use_short_conv:
+            return F.silu(q), F.silu(k), F.silu(v)
+        states = (None, None, None) if state is None else state.conv.split([q.shape[-1], k.shape[-1], v.shape[-1]], dim=-1)
+        return (
+            self.q_conv1d(q, states[0], cu_seqlens),
+            self.k_conv1d(k, states[1], cu_seqlens),
+            self.v_conv1d(v, states[2], cu_seqlens),
+        )
