@@ -1,0 +1,201 @@
+"""One row of tokens through a model: prefill in chunks, then token by token, in memory that does not grow with the length."""
+
+import hashlib
+import logging
+import platform
+from collections.abc import Collection, Iterator
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from gdn.errors import ConfigError
+from gdn.generation.sampling import Sampling, sample
+from gdn.model.lm import GatedDeltaNetLM
+from gdn.model.state import DecodeState
+
+log = logging.getLogger(__name__)
+
+GRID = 64  # tokens; prefill is cut on multiples of it, where the rule's own chunks begin
+PREFILL_CHUNK = 2048  # tokens of one prefill forward: large enough for matrix products, and memory stays flat
+_BF16_DOTS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"})  # of x86, then of ARM
+
+
+def generate(
+    model: GatedDeltaNetLM,
+    prompt_ids: Tensor | list[int],
+    *,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_ids: Collection[int] = (),
+    state: DecodeState | None = None,
+    prefill_chunk: int = PREFILL_CHUNK,
+) -> Iterator[int]:
+    """Read the prompt, then yield up to max_new_tokens ids, each as soon as it is chosen; one of eos_ids ends it, yielded last.
+
+    state: of one row, goes on from there and is updated in place: it holds the prompt and all yielded tokens but the last.
+    To go on later as if never stopped, call again with that last token as the prompt: the draw at each position depends on
+    the seed and the position alone. Arguments are checked at the call, the model runs when the iterator is advanced.
+    Raises ConfigError for a bad argument, CheckpointError if the model's logits are nan.
+    """
+    ids = _check_prompt(model, prompt_ids)
+    vocab = model.config.vocab_size
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}; expected at least 0")
+    for eos in eos_ids:
+        if not 0 <= eos < vocab:
+            raise ConfigError(f"eos_ids: {eos}; expected ids in [0, {vocab}), the model's vocabulary")
+    _check_chunk(prefill_chunk)
+    state = model.new_state(1) if state is None else state
+    _check_state(model, state, 1)
+    return _stream(model, ids, state, max_new_tokens, sampling, frozenset(eos_ids), prefill_chunk)
+
+
+def prefill(
+    model: GatedDeltaNetLM, prompt_ids: Tensor | list[int], state: DecodeState, *, prefill_chunk: int = PREFILL_CHUNK
+) -> Tensor:
+    """Read a prompt into the state of one row, updated in place; returns the logits after its last token, [1, vocab].
+
+    Memory is that of prefill_chunk tokens (a multiple of 64), whatever the prompt's length. Errors as in `generate`.
+    """
+    ids = _check_prompt(model, prompt_ids)
+    _check_chunk(prefill_chunk)
+    _check_state(model, state, 1)
+    return _prefill(model, ids, state, prefill_chunk)
+
+
+def _stream(
+    model: GatedDeltaNetLM,
+    ids: Tensor,
+    state: DecodeState,
+    max_new_tokens: int,
+    sampling: Sampling,
+    eos_ids: frozenset[int],
+    prefill_chunk: int,
+) -> Iterator[int]:
+    generator = torch.Generator(ids.device)
+    logits = _prefill(model, ids, state, prefill_chunk)
+    position = int(state.position[0])
+    for n in range(max_new_tokens):
+        if n:
+            logits = _forward(model, ids, state)
+        generator.manual_seed(_seed(sampling.seed, position + n))
+        chosen = sample(logits, sampling, generator)
+        ids, token = chosen[None], int(chosen)
+        yield token
+        if token in eos_ids:
+            return
+
+
+def _seed(seed: int, position: int) -> int:
+    """A seed for the draw at one position: hashed, because neighbouring seeds of one generator give related numbers."""
+    digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1  # within the signed 64 bits that every generator takes
+
+
+def _prefill(model: GatedDeltaNetLM, ids: Tensor, state: DecodeState, prefill_chunk: int) -> Tensor:
+    # Cut at multiples of the chunk counted from the first token ever read: the same cuts however often one stopped.
+    start, total = int(state.position[0]), ids.shape[1]
+    done, logits = 0, ids.new_empty(0)
+    while done < total:
+        end = min(total, done + prefill_chunk - (start + done) % prefill_chunk)
+        logits = _forward(model, ids[:, done:end], state)
+        done = end
+    return logits
+
+
+def _forward(model: GatedDeltaNetLM, ids: Tensor, state: DecodeState) -> Tensor:
+    with torch.no_grad():  # not inference_mode: the state must stay usable outside
+        logits = model(ids, state=state, last_only=True).logits
+    assert logits is not None
+    return logits
+
+
+def _check_prompt(model: GatedDeltaNetLM, prompt_ids: Tensor | list[int]) -> Tensor:
+    """The prompt as [1, T] int64 where the model lies."""
+    ids = torch.as_tensor(prompt_ids)
+    vocab = model.config.vocab_size
+    if ids.numel() == 0:
+        raise ConfigError("prompt_ids is empty; expected at least one token, such as the tokenizer's BOS")
+    if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
+        raise ConfigError(f"prompt_ids is {ids.dtype} {tuple(ids.shape)}; expected one row of integers, [T]")
+    ids = ids.long()
+    outside = ((ids < 0) | (ids >= vocab)).nonzero().flatten()
+    if len(outside):
+        where = int(outside[0])
+        raise ConfigError(f"prompt_ids[{where}] = {int(ids[where])}; expected an id in [0, {vocab}), the model's vocabulary")
+    return ids[None].to(model.model.embeddings.weight.device)
+
+
+def _check_chunk(prefill_chunk: int) -> None:
+    if prefill_chunk < GRID or prefill_chunk % GRID:
+        raise ConfigError(f"prefill_chunk = {prefill_chunk}; expected a multiple of {GRID} tokens")
+
+
+def _check_state(model: GatedDeltaNetLM, state: DecodeState, rows: int) -> None:
+    weight = model.model.embeddings.weight
+    wanted = DecodeState.empty(model.config, rows, "meta", model.compute_dtype or weight.dtype)
+    for name in ("recurrent", "conv", "position"):
+        got, want = getattr(state, name), getattr(wanted, name)
+        if got.shape != want.shape or got.dtype != want.dtype or got.device != weight.device:
+            raise ConfigError(
+                f"state.{name} is {got.dtype} {tuple(got.shape)} on {got.device}; "
+                f"expected {want.dtype} {tuple(want.shape)} on {weight.device}, as this model makes it"
+            )
+
+
+def decode_dtype(device: torch.device | str, stored: torch.dtype) -> tuple[torch.dtype, str]:
+    """The dtype to load weights stored as `stored` in for decoding on `device`, and why; logged once for each answer.
+
+    A fixed rule by capability, never by timing, so that the same machine always gives the same text. One row on CPUs is bound
+    by reading the weights: without bf16 dot products PyTorch reads bf16 at a twentieth of float32's speed (0.7 against 13
+    GB/s, AVX2, 2 cores); with them bf16 takes 0.75 of float32's time (1024 x 2816, AMX, 1 core) and prefill half.
+    """
+    dtype, reason = _choose_dtype(torch.device(device).type, stored, cpu_has_bf16_dots())
+    _log_choice(torch.device(device).type, str(stored), str(dtype), reason)
+    return dtype, reason
+
+
+def for_decoding(model: GatedDeltaNetLM, device: torch.device | str) -> GatedDeltaNetLM:
+    """The model, moved to `device` in place in its `decode_dtype`, in evaluation mode, without gradients."""
+    stored = model.model.embeddings.weight.dtype
+    dtype, _ = decode_dtype(device, stored)
+    if dtype != stored:  # only ever to float32, which the gate parameters have already
+        model.to(dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _choose_dtype(device: str, stored: torch.dtype, bf16_dots: bool) -> tuple[torch.dtype, str]:
+    if device != "cpu" or stored in (torch.float32, torch.float64):
+        return stored, "as stored"
+    if stored == torch.bfloat16 and bf16_dots:
+        return stored, "as stored: this CPU has bf16 dot products"
+    if stored == torch.bfloat16:
+        return torch.float32, "this CPU has no bf16 dot products, without which bf16 decodes many times slower than float32"
+    return torch.float32, f"{str(stored).removeprefix('torch.')} is not decoded on CPUs"
+
+
+@cache
+def cpu_has_bf16_dots() -> bool:
+    """Whether this CPU multiplies bf16 natively (avx512_bf16, amx_bf16, or ARM's bf16)."""
+    if hasattr(torch.cpu, "get_capabilities"):  # not in every supported release
+        return any(torch.cpu.get_capabilities().get(name, False) for name in _BF16_DOTS)
+    cpuinfo = Path("/proc/cpuinfo")
+    if platform.system() != "Linux" or not cpuinfo.exists():
+        return False
+    return bool(_cpuinfo_flags(cpuinfo.read_text(encoding="utf-8")) & (_BF16_DOTS | {"svebf16"}))
+
+
+def _cpuinfo_flags(text: str) -> set[str]:
+    """Names in the first line of flags (x86) or Features (ARM)."""
+    for line in text.splitlines():
+        name, _, names = line.partition(":")
+        if name.strip() in ("flags", "Features"):
+            return set(names.split())
+    return set()
+
+
+@cache
+def _log_choice(device: str, stored: str, dtype: str, reason: str) -> None:
+    log.info("decoding on %s in %s (weights stored in %s): %s", device, dtype, stored, reason)

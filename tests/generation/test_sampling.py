@@ -1,0 +1,166 @@
+"""Sampling: exact kept sets by hand, drawn frequencies against exact probabilities, and the edges of float32."""
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn.errors import CheckpointError, ConfigError
+from gdn.generation.sampling import Sampling, keep, sample
+
+INF = math.inf
+# Probabilities of four tokens, out of order.
+LOGITS = torch.tensor([[0.15, 0.5, 0.05, 0.3]]).log()
+
+
+def generator(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def kept_ids(sampling: Sampling, logits: Tensor = LOGITS) -> list[int]:
+    return keep(logits, sampling)[0].nonzero().flatten().tolist()
+
+
+@pytest.mark.parametrize(
+    ("sampling", "ids"),
+    [
+        (Sampling(), [0, 1, 2, 3]),
+        (Sampling(top_k=1), [1]),
+        (Sampling(top_k=3), [0, 1, 3]),
+        (Sampling(top_k=99), [0, 1, 2, 3]),
+        (Sampling(top_p=1.0), [0, 1, 2, 3]),
+        (Sampling(top_p=1e-9), [1]),
+        (Sampling(top_p=0.49), [1]),
+        (Sampling(top_p=0.51), [1, 3]),
+        (Sampling(top_p=0.79), [1, 3]),
+        (Sampling(top_p=0.81), [0, 1, 3]),
+        (Sampling(top_p=0.96), [0, 1, 2, 3]),
+        # Of the two best 0.5 / 0.8 = 0.625 is the first: enough for 0.6, though 0.5 of the whole is not.
+        (Sampling(top_k=2, top_p=0.6), [1]),
+        (Sampling(top_k=2, top_p=0.63), [1, 3]),
+        # Temperature 0.5 squares the probabilities: 0.25 / 0.365 = 0.68.
+        (Sampling(temperature=0.5, top_p=0.67), [1]),
+        (Sampling(temperature=0.5, top_p=0.70), [1, 3]),
+    ],
+    ids=str,
+)
+def test_the_kept_set(sampling: Sampling, ids: list[int]) -> None:
+    assert kept_ids(sampling) == ids
+
+
+def test_top_k_is_exact_among_equal_logits_and_prefers_the_lower_id() -> None:
+    assert kept_ids(Sampling(top_k=2), torch.tensor([[1.0, 3.0, 3.0, 3.0]])) == [1, 2]
+    assert kept_ids(Sampling(top_p=0.5), torch.zeros(1, 4)) == [0, 1]
+
+
+def test_top_p_of_one_keeps_tokens_that_the_rounded_sum_would_drop() -> None:
+    logits = torch.zeros(1, 1000)
+    logits[0, 500:] = -30.0
+    assert len(kept_ids(Sampling(top_p=1.0), logits)) == 1000
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(),
+        Sampling(temperature=0.7),
+        Sampling(temperature=2.0, top_k=3),
+        Sampling(top_p=0.9),
+        Sampling(temperature=1.3, top_k=5, top_p=0.8),
+    ],
+    ids=str,
+)
+def test_frequencies_are_those_of_the_exact_distribution(sampling: Sampling) -> None:
+    n, logits = 40_000, torch.tensor([1.0, -0.5, 0.3, 2.0, -2.0, 0.0, 1.5, -INF])
+    p = (logits.double() / sampling.temperature).softmax(0)
+    order = p.argsort(descending=True)
+    if sampling.top_k:
+        p[order[sampling.top_k :]] = 0
+    p /= p.sum()
+    if sampling.top_p:
+        before = p[order].cumsum(0) - p[order]
+        p[order[before >= sampling.top_p]] = 0
+    p /= p.sum()
+    counts = sample(logits.expand(n, -1), sampling, generator(1)).bincount(minlength=8).double()
+    assert counts[p == 0].sum() == 0
+    drawn = p > 0
+    chi_square = ((counts - n * p) ** 2 / (n * p))[drawn].sum().item()
+    assert chi_square < 25, (chi_square, counts / n, p)  # at most 6 degrees of freedom: beyond 25 once in 3,000 seeds
+
+
+def test_rows_do_not_touch_each_other() -> None:
+    logits = torch.randn(6, 20, generator=generator(3))
+    alone = sample(logits, Sampling(top_k=4, top_p=0.9), generator(5))
+    changed = logits.clone()
+    changed[[0, 2, 5]] = torch.randn(3, 20, generator=generator(4)) * 7
+    assert sample(changed, Sampling(top_k=4, top_p=0.9), generator(5))[[1, 3, 4]].equal(alone[[1, 3, 4]])
+
+
+def test_rows_are_drawn_separately() -> None:
+    drawn = sample(torch.zeros(64, 1000), Sampling(), generator(0))
+    assert len(set(drawn.tolist())) > 50
+
+
+def test_the_same_seed_draws_the_same_and_another_does_not() -> None:
+    logits = torch.randn(50, 30, generator=generator(3))
+    first, again, other = (sample(logits, Sampling(), generator(seed)) for seed in (7, 7, 8))
+    assert first.equal(again) and not first.equal(other)
+
+
+def test_greedy_is_the_argmax_and_needs_no_randomness() -> None:
+    logits = torch.randn(50, 30, generator=generator(3))
+    source = generator(0)
+    before = source.get_state()
+    assert sample(logits, Sampling(temperature=0, top_k=3), source).equal(logits.argmax(-1))
+    assert source.get_state().equal(before)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45])
+def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature: float) -> None:
+    logits = 50 * torch.randn(20, 100, generator=generator(3))
+    assert sample(logits, Sampling(temperature), generator()).equal(logits.argmax(-1))
+
+
+def test_half_precision_logits_are_scaled_in_float32() -> None:
+    logits = torch.tensor([[8.0, 8.0625]], dtype=torch.bfloat16).expand(20_000, 2)  # neighbours in bf16
+    share = sample(logits, Sampling(temperature=0.05), generator(2)).double().mean().item()
+    assert abs(share - 1 / (1 + math.exp(-0.0625 / 0.05))) < 0.015
+
+
+def test_a_token_of_logit_minus_infinity_is_never_chosen_even_where_the_noise_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.zero_())
+    assert sample(torch.tensor([[-INF, 0.0, -INF]]), Sampling(), generator()).tolist() == [1]
+
+
+@pytest.mark.parametrize("bad", [math.nan, INF], ids=str)
+@pytest.mark.parametrize("sampling", [Sampling(), Sampling(0)], ids=["drawn", "greedy"])
+def test_logits_that_are_not_finite_name_the_row(bad: float, sampling: Sampling) -> None:
+    logits = torch.zeros(3, 4)
+    logits[2, 1] = bad
+    with pytest.raises(CheckpointError, match=f"row 2 is {bad}; expected a finite number"):
+        sample(logits, sampling, generator())
+    with pytest.raises(CheckpointError, match="row 0 is -inf"):
+        sample(torch.full((1, 4), -INF), sampling, generator())
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("temperature", math.nan),
+        ("temperature", INF),
+        ("temperature", -0.1),
+        ("temperature", "1"),
+        ("top_k", 0),
+        ("top_k", -3),
+        ("top_k", 1.5),
+        ("top_k", True),
+        ("top_p", 0),
+        ("top_p", 1.01),
+        ("top_p", math.nan),
+        ("seed", 0.5),
+    ],
+)
+def test_values_out_of_range_are_named(name: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"^{name} = {value!r}; expected"):
+        Sampling(**{name: value})  # type: ignore[arg-type]
