@@ -48,8 +48,7 @@ def load_model(folder: Path, *, dtype: torch.dtype | None = None, device: torch.
         tensors.setdefault("lm_head.weight", tensors.get("model.embeddings.weight", torch.empty(0)))
     _check_keys(model, tensors, folder)
     for name in tensors:
-        wanted = torch.float32 if name.endswith(_FLOAT32) else dtype
-        tensors[name] = tensors[name].to(device=device, dtype=wanted)
+        tensors[name] = tensors[name].to(device=device, dtype=stored_dtype(name, dtype))
     model.load_state_dict(tensors, assign=True)
     if config.tie_word_embeddings:
         model.lm_head.weight = model.model.embeddings.weight
@@ -76,15 +75,20 @@ def read_tensors(folder: Path) -> dict[str, Tensor]:
 
 def save_model(model: GatedDeltaNetLM, folder: Path, *, dtype: torch.dtype | None = None) -> None:
     """Write config.json and model.safetensors into the existing `folder`; tied weights once, gate parameters in float32."""
-    text = json.dumps(model.config.to_json() | {"dtype": str(dtype or torch.float32).removeprefix("torch.")}, indent=2)
+    stored = str(dtype or model.model.embeddings.weight.dtype).removeprefix("torch.")
+    text = json.dumps(model.config.to_json() | {"dtype": stored}, indent=2)
     (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
     tensors = {}
     for name, tensor in model.state_dict().items():
         if name == "lm_head.weight" and model.config.tie_word_embeddings:
             continue
-        wanted = torch.float32 if name.endswith(_FLOAT32) else dtype
-        tensors[name] = tensor.detach().to(device="cpu", dtype=wanted).contiguous()
+        tensors[name] = tensor.detach().to(device="cpu", dtype=stored_dtype(name, dtype)).contiguous()
     save_file(tensors, folder / WEIGHTS, metadata={"format": "pt"})
+
+
+def stored_dtype(name: str, dtype: torch.dtype | None) -> torch.dtype | None:
+    """The dtype of the weight `name` where `dtype` is asked of the whole model; None: whatever it has."""
+    return torch.float32 if name.endswith(_FLOAT32) else dtype
 
 
 def _check_keys(model: GatedDeltaNetLM, tensors: dict[str, Tensor], folder: Path) -> None:

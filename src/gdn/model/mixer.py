@@ -60,8 +60,8 @@ class GatedDeltaNet(nn.Module):
         self.v_proj = Linear(hidden, config.value_dim)
         self.a_proj = Linear(hidden, HV)
         self.b_proj = Linear(hidden, HV)
-        self.A_log = nn.Parameter(torch.zeros(HV))
-        self.dt_bias = nn.Parameter(torch.zeros(HV))
+        self.A_log = nn.Parameter(torch.zeros(HV, dtype=torch.float32))  # whatever the default dtype
+        self.dt_bias = nn.Parameter(torch.zeros(HV, dtype=torch.float32))
         if config.use_short_conv:
             self.q_conv1d = ShortConv(config.key_dim, config.conv_size, config.conv_bias)
             self.k_conv1d = ShortConv(config.key_dim, config.conv_size, config.conv_bias)
