@@ -52,6 +52,7 @@ def test_the_kept_set(sampling: Sampling, ids: list[int]) -> None:
 def test_top_k_is_exact_among_equal_logits_and_prefers_the_lower_id() -> None:
     assert kept_ids(Sampling(top_k=2), torch.tensor([[1.0, 3.0, 3.0, 3.0]])) == [1, 2]
     assert kept_ids(Sampling(top_p=0.5), torch.zeros(1, 4)) == [0, 1]
+    assert kept_ids(Sampling(top_k=30), torch.zeros(1, 100)) == list(range(30))  # long enough for an unstable sort to show
 
 
 def test_top_p_of_one_keeps_tokens_that_the_rounded_sum_would_drop() -> None:
@@ -116,10 +117,11 @@ def test_greedy_is_the_argmax_and_needs_no_randomness() -> None:
     assert source.get_state().equal(before)
 
 
-@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45])
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45, 1e-320])
 def test_a_tiny_temperature_is_greedy_and_does_not_overflow(temperature: float) -> None:
     logits = 50 * torch.randn(20, 100, generator=generator(3))
-    assert sample(logits, Sampling(temperature), generator()).equal(logits.argmax(-1))
+    for top_p in (None, 0.9):
+        assert sample(logits, Sampling(temperature, top_p=top_p), generator()).equal(logits.argmax(-1))
 
 
 def test_half_precision_logits_are_scaled_in_float32() -> None:

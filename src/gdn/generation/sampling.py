@@ -44,7 +44,6 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     `generator` lies on the logits' device and is not used when greedy. A logit of -inf is a token that is never chosen.
     Raises CheckpointError for logits that hold nan or +inf, or nothing but -inf: such a model has no next token.
     """
-    logits = logits.float()
     _check(logits)
     if sampling.greedy:
         return logits.argmax(dim=-1)
@@ -66,9 +65,8 @@ def keep(logits: Tensor, sampling: Sampling) -> Tensor:
         ordered = ordered.masked_fill(~kept, -torch.inf)
     if sampling.top_p is not None and sampling.top_p < 1:  # at 1 rounding of the sum must not drop the rarest tokens
         probabilities = ordered.softmax(dim=-1)
-        better = probabilities.cumsum(dim=-1) - probabilities
+        better = probabilities.cumsum(dim=-1) - probabilities  # 0 at the best token, which is thereby kept
         kept &= better < sampling.top_p
-        kept[:, 0] = True
     return torch.zeros_like(kept).scatter_(-1, ids, kept)
 
 
