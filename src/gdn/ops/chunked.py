@@ -160,7 +160,8 @@ def _blocks(counts: tuple[int, ...], floats: int) -> list[tuple[int, int, tuple[
     """Cut the ranks into blocks of (first chunk, chunks, counts) of at least one rank; `floats` a chunk of one [C, K] array."""
     limit = _BLOCK_FLOATS // floats
     blocks: list[tuple[int, int, tuple[int, ...]]] = []
-    first, members = 0, list[int]()
+    members: list[int] = []
+    first = 0
     for n in counts:
         if members and sum(members) + n > limit:
             blocks.append((first, sum(members), tuple(members)))
@@ -232,7 +233,8 @@ class _ChunkRule(torch.autograd.Function):
 
             # d: the gradient of beta X, from its own chunk's outputs and from the state after it, by the reverse recurrence.
             score_decay = decay * scale
-            d = (q_ @ k_.mT).mul_(score_decay).mT @ do_
+            scores = (q_ @ k_.mT).mul_(score_decay)
+            d = scores.mT @ do_
             do_start, k_end = do_ * (from_start * scale), k_ * to_end
             w = (inverse * from_start.mT * beta_row) @ k_
             d_states = torch.empty_like(states)
@@ -246,19 +248,24 @@ class _ChunkRule(torch.autograd.Function):
 
             dv_ = torch.bmm((inverse * beta_row).mT, d, out=dv[block])
             cross = dv_ @ x.mT
-            d_beta[block] = _dot(x, d) - (lower * cross).sum(-2)
+            written = lower * cross
+            d_beta[block] = _dot(x, d) - written.sum(-2)
+            d_scores = (do_ @ x.mT).mul_(beta_column)
+            pairs = scores.mul_(d_scores).sub_(written.mul_(beta_column))
+            d_scores.mul_(score_decay)
             cross.mul_(decay).mul_(beta_column).tril_(-1)
-            d_scores = (do_ @ x.mT).mul_(score_decay).mul_(beta_column)
 
-            dq_ = torch.bmm(do_start, states.mT, out=dq[block]).baddbmm_(d_scores, k_)
-            dk_ = torch.bmm(x, d_states.mT, out=dk[block]).mul_(to_end * beta_row)
-            inner = _dot(states, d_states).sum(-1)
-            at_end = whole.flatten() * inner + _dot(k_, dk_).sum(-1)
-            back = torch.bmm(dv_, states.mT).mul_(-from_start).baddbmm_(cross, k_, alpha=-1)
-            dk_.baddbmm_(d_scores.mT, q_).baddbmm_(cross.mT, k_, alpha=-1)
-            # Of the exact forms of the gradient of gc this one keeps its digits when the decay is strong.
-            d_gc = _dot(q_, dq_) + _dot(k_, back) - _dot(k_, dk_)
-            d_gc[:, -1] += at_end
-            dg[block] = d_gc.flip(-1).cumsum(-1).flip(-1)
-            dk_.add_(back)
+            dq_ = torch.bmm(do_start, states.mT, out=dq[block])
+            dk_ = torch.bmm(dv_, states.mT, out=dk[block]).mul_(-from_start)
+            reads = _dot(q_, dq_) + _dot(k_, dk_)
+            dk_after = torch.bmm(x, d_states.mT).mul_(to_end * beta_row)
+            writes = _dot(k_, dk_after)
+            dq_.baddbmm_(d_scores, k_)
+            dk_.add_(dk_after).baddbmm_(d_scores.mT, q_).baddbmm_(cross + cross.mT, k_, alpha=-1)
+
+            # g_t decays what goes from tokens j < t to i >= t, from the state before to i >= t, from j < t to the state after,
+            # and from state to state. Summing just these, not differences of larger sums, keeps the digits under strong decay.
+            carried = whole.flatten(1) * _dot(states, d_states).sum(-1, keepdim=True)
+            upper = torch.ones_like(decay[0]).triu()
+            dg[block] = (upper @ pairs).tril_(-1).sum(-1) + reads @ upper.mT + writes @ upper.triu(1) + carried
         return dq, dk, dv, dg, d_beta, running, None, None

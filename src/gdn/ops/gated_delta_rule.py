@@ -124,7 +124,8 @@ _BACKENDS = {"reference": gated_delta_rule_reference, "torch": gated_delta_rule_
 
 def _choose_backend(backend: str, device: str) -> str:
     if backend == "auto":
-        _log_choice("torch", device)
+        if not torch.compiler.is_compiling():  # a log call would break the graph
+            _log_choice("torch", device)
         return "torch"
     if backend not in _BACKENDS:
         raise BackendError(f"backend {backend!r} does not exist; expected 'auto' or one of {', '.join(map(repr, _BACKENDS))}")

@@ -36,7 +36,7 @@ def short_conv_with_state(
     initial_state: Tensor | None = None,
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """As `short_conv`, and the last W - 1 inputs of each sequence [N, W - 1, D], reaching into initial_state if it is shorter."""
+    """As `short_conv`, and each sequence's last W - 1 inputs [N, W - 1, D], from its initial_state on if it is shorter."""
     y = short_conv(x, weight, bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
     extended, _ = _extend(x, weight, initial_state, cu_seqlens)
     carried = weight.shape[1] - 1

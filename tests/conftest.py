@@ -1,0 +1,23 @@
+"""What all tests share: where recorded data lies."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Callable[[str], Path]:
+    """test_data("fixtures/x") -> its path in the data folder (GDN_TEST_DATA, default `../shared`); skips where it is absent."""
+    folder = Path(os.environ.get("GDN_TEST_DATA") or REPOSITORY.parent / "shared")
+
+    def find(relative: str) -> Path:
+        path = folder / relative
+        if not path.exists():
+            pytest.skip(f"no {relative} in the test data folder {folder} (set GDN_TEST_DATA)")
+        return path
+
+    return find
