@@ -1,6 +1,6 @@
 """Small models of many shapes, with weights large enough that every part matters to the result."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -56,3 +56,12 @@ def make() -> Callable[..., GatedDeltaNetLM]:
         return model.to(dtype).eval()
 
     return build
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """These models are so small that a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

@@ -159,7 +159,7 @@ def test_initialisation_ranges() -> None:
         elif name.endswith("bias"):
             assert name.endswith("dt_bias") or not parameter.any(), name
         elif not name.endswith("A_log"):
-            assert float(parameter.std()) == pytest.approx(0.05, rel=0.15), name
+            assert float(parameter.detach().std()) == pytest.approx(0.05, rel=0.15), name
 
 
 def test_zeros_are_zeros_and_change_nothing_else() -> None:

@@ -289,6 +289,7 @@ def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tupl
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:
     """TypeError for arguments not known here, unless they are off: what is ignored must not be able to change the result."""
+    kwargs.pop("tokenizer", None)  # generate passes on that of its stopping strings
     wanted = sorted(name for name, value in kwargs.items() if value is not None and value is not False)
     if wanted:
         raise TypeError(f"the Gated DeltaNet model has no argument {', '.join(map(repr, wanted))}: it would change the result")
