@@ -30,12 +30,11 @@ class ChunkLayout(NamedTuple):
     running: tuple[int, ...]  # sequences with a chunk of rank r
     order: list[int] | None  # packed: sequence numbers by falling number of chunks; None: the batch as it is
     gather: Tensor | None  # packed: [chunks * C] token of each slot; the number of tokens = padding
-    scatter: Tensor | None  # packed: [T] slot of each token
 
 
 def batch_layout(B: int, T: int, chunk: int) -> ChunkLayout:
     """Layout of B sequences of T tokens each."""
-    return ChunkLayout(chunk, (B,) * -(-T // chunk), None, None, None)
+    return ChunkLayout(chunk, (B,) * -(-T // chunk), None, None)
 
 
 def packed_layout(lengths: list[int], chunk: int, device: torch.device) -> ChunkLayout:
@@ -54,9 +53,7 @@ def packed_layout(lengths: list[int], chunk: int, device: torch.device) -> Chunk
             token = starts[n] + r * chunk + positions
             slots.append(torch.where(token < starts[n + 1], token, total))
     gather = torch.cat(slots) if slots else positions[:0]
-    scatter = torch.empty(total + 1, dtype=torch.long)
-    scatter[gather] = torch.arange(len(gather))
-    return ChunkLayout(chunk, running, order, gather.to(device), scatter[:total].to(device))
+    return ChunkLayout(chunk, running, order, gather.to(device))
 
 
 def gated_delta_rule_chunked(
@@ -86,14 +83,15 @@ def gated_delta_rule_chunked(
         state = state[layout.order]
     if not layout.running:
         return v.to(dtype), initial_state.to(dtype).clone() if initial_state is not None else state
-    inputs = [_to_chunks(x.to(dtype), layout) for x in (q, k, v)]
-    gates = [_to_chunks(x.to(dtype).unsqueeze(-1), layout).squeeze(-1) for x in (g, beta)]
-    counts = tuple(n * HV for n in layout.running)
-    o, final = _ChunkRule.apply(*inputs, *gates, state.flatten(0, 1), scale, counts)
+    padding = -T % chunk if layout.gather is None else 1
+    inputs = [x.to(dtype) for x in (q, k, v, g.unsqueeze(-1), beta.unsqueeze(-1))]
+    if padding:
+        inputs = [torch.nn.functional.pad(x, (0, 0, 0, 0, 0, padding)) for x in inputs]
+    o, final = _ChunkRule.apply(*inputs, state.flatten(0, 1), scale, layout)
     final = final.view(N, HV, K, V)
     if layout.order is not None:
         final = final[torch.tensor(layout.order).argsort().to(final.device)]
-    return _from_chunks(o, layout, B, T, HV), final
+    return o[:, :T], final
 
 
 def _chunk_size(T: int, width: int) -> int:
@@ -101,24 +99,30 @@ def _chunk_size(T: int, width: int) -> int:
     return max(1, min(T, 64 if width >= 128 else 32))
 
 
-def _to_chunks(x: Tensor, layout: ChunkLayout) -> Tensor:
-    """[B, T, HV, D] -> [chunks * HV, C, D], zeros where there is no token: they neither read, write nor decay."""
-    B, T, HV, D = x.shape
-    C = layout.chunk
-    if layout.gather is not None:
-        x = torch.cat([x[0], x.new_zeros(1, HV, D)]).index_select(0, layout.gather)
-        return x.view(-1, C, HV, D).transpose(1, 2).reshape(-1, C, D)
-    if T % C:
-        x = torch.nn.functional.pad(x, (0, 0, 0, 0, 0, C - T % C))
-    return x.view(B, -1, C, HV, D).permute(1, 0, 3, 2, 4).reshape(-1, C, D)
+def _load(x: Tensor, layout: ChunkLayout, chunks: slice) -> Tensor:
+    """[B, T', HV, D] -> these chunks, [chunks * HV, C, D]; padding is zero: it neither reads, writes nor decays."""
+    C, (HV, D) = layout.chunk, x.shape[2:]
+    if layout.gather is None:
+        return _grid(x, C, chunks).reshape(-1, C, D)
+    tokens = layout.gather[chunks.start * C : chunks.stop * C]
+    return x[0].index_select(0, tokens).view(-1, C, HV, D).transpose(1, 2).reshape(-1, C, D)
 
 
-def _from_chunks(x: Tensor, layout: ChunkLayout, B: int, T: int, HV: int) -> Tensor:
-    """[chunks * HV, C, D] -> [B, T, HV, D], dropping the padding."""
-    C, D = x.shape[1:]
-    if layout.scatter is not None:
-        return x.view(-1, HV, C, D).transpose(1, 2).reshape(-1, HV, D).index_select(0, layout.scatter).unsqueeze(0)
-    return x.view(-1, B, HV, C, D).permute(1, 0, 3, 2, 4).reshape(B, -1, HV, D)[:, :T]
+def _store(out: Tensor, x: Tensor, layout: ChunkLayout, chunks: slice) -> None:
+    """The reverse: write these chunks to their places in `out`."""
+    C, (HV, D) = layout.chunk, out.shape[2:]
+    if layout.gather is None:
+        place = _grid(out, C, chunks)
+        place.copy_(x.view(place.shape))
+    else:
+        tokens = layout.gather[chunks.start * C : chunks.stop * C]
+        out[0].index_copy_(0, tokens, x.view(-1, HV, C, D).transpose(1, 2).reshape(-1, HV, D))
+
+
+def _grid(x: Tensor, C: int, chunks: slice) -> Tensor:
+    """A batch's chunks as a view [ranks, B, HV, C, D]."""
+    B = x.shape[0]
+    return x.unflatten(1, (-1, C))[:, chunks.start // B : chunks.stop // B].permute(1, 0, 3, 2, 4)
 
 
 def _unit_lower_inverse(lower: Tensor) -> Tensor:
@@ -156,22 +160,22 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 _BLOCK_FLOATS = 1 << 19
 
 
-def _blocks(counts: tuple[int, ...], floats: int) -> list[tuple[int, int, tuple[int, ...]]]:
-    """Cut the ranks into blocks of (first chunk, chunks, counts) of at least one rank; `floats` a chunk of one [C, K] array."""
+def _blocks(running: tuple[int, ...], floats: int) -> list[tuple[slice, tuple[int, ...]]]:
+    """Cut the ranks into blocks of at least one: their chunks and counts; `floats` a chunk of one [HV, C, K] array."""
     limit = _BLOCK_FLOATS // floats
-    blocks: list[tuple[int, int, tuple[int, ...]]] = []
+    blocks: list[tuple[slice, tuple[int, ...]]] = []
     members: list[int] = []
     first = 0
-    for n in counts:
+    for n in running:
         if members and sum(members) + n > limit:
-            blocks.append((first, sum(members), tuple(members)))
+            blocks.append((slice(first, first + sum(members)), tuple(members)))
             first, members = first + sum(members), []
         members.append(n)
-    return [*blocks, (first, sum(members), tuple(members))]
+    return [*blocks, (slice(first, first + sum(members)), tuple(members))]
 
 
 class _ChunkRule(torch.autograd.Function):
-    """q, k [M, C, K], v [M, C, V], g, beta [M, C], state [rows, K, V]; M = sum(counts), counts[r] rows run at rank r.
+    """q, k [B, T', HV, K], v [B, T', HV, V], g, beta [B, T', HV, 1], padded for the layout; state [N * HV, K, V], its order.
 
     Both directions walk over blocks of a few ranks: what is independent of the state is computed for a block at once, then the
     state is carried through it. Temporary arrays are those of one block.
@@ -187,49 +191,48 @@ class _ChunkRule(torch.autograd.Function):
         beta: Tensor,
         state: Tensor,
         scale: float,
-        counts: tuple[int, ...],
+        layout: ChunkLayout,
     ) -> tuple[Tensor, Tensor]:
-        o, final = torch.empty_like(v), state.clone()
+        o, final, HV = v.new_empty(v.shape), state.clone(), v.shape[2]
         saved: list[Tensor] = []
-        for first, size, members in _blocks(counts, q.shape[1] * max(q.shape[2], v.shape[2])):
-            block = slice(first, first + size)
-            q_, k_, beta_column = q[block], k[block], beta[block].unsqueeze(-2)
-            decay, lower = _intra(k_, g[block])
-            from_start, to_end, whole = _edges(g[block], decay)
+        for chunks, running in _blocks(layout.running, layout.chunk * HV * max(q.shape[-1], v.shape[-1])):
+            q_, k_, v_, g_, beta_row = (_load(x, layout, chunks) for x in (q, k, v, g, beta))
+            beta_column = beta_row.mT
+            decay, lower = _intra(k_, g_.squeeze(-1))
+            from_start, to_end, whole = _edges(g_.squeeze(-1), decay)
             inverse = _unit_lower_inverse(lower * beta_column)
             w = (inverse * from_start.mT) @ k_
-            x = inverse @ v[block]
-            k_out = k_ * (to_end * beta_column.mT)
-            states = v.new_empty(size, *state.shape[1:])
+            x = inverse @ v_
+            k_out = k_ * (to_end * beta_row)
+            states = v.new_empty(len(x), *state.shape[1:])
             start = 0
-            for n in members:
-                part, now = slice(start, start + n), final[:n]
+            for n in running:
+                part, now = slice(start, start + n * HV), final[: n * HV]
                 states[part] = now
                 x[part].baddbmm_(w[part], now, alpha=-1)
                 now.mul_(whole[part]).baddbmm_(k_out[part].mT, x[part])
-                start += n
+                start += n * HV
             scores = (q_ @ k_.mT).mul_(decay).mul_(beta_column * scale)
-            torch.bmm(q_, states, out=o[block]).mul_(from_start * scale).baddbmm_(scores, x)
+            _store(o, (q_ @ states).mul_(from_start * scale).baddbmm_(scores, x), layout, chunks)
             if any(ctx.needs_input_grad):
                 saved += [decay, lower, inverse, x, states]
         ctx.save_for_backward(q, k, v, g, beta, *saved)
-        ctx.scale, ctx.counts = scale, counts
+        ctx.scale, ctx.layout = scale, layout
         return o, final
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, do: Tensor, d_final: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, g, beta, *saved = ctx.saved_tensors
-        scale, do = ctx.scale, do.contiguous()
-        dq, dk, dv, dg, d_beta = (torch.empty_like(tensor) for tensor in (q, k, v, g, beta))
-        running = d_final.clone()
-        for first, size, members in reversed(_blocks(ctx.counts, q.shape[1] * max(q.shape[2], v.shape[2]))):
-            block = slice(first, first + size)
-            q_, k_, do_ = q[block], k[block], do[block]
+        scale, layout, HV = ctx.scale, ctx.layout, v.shape[2]
+        dq, dk, dv, dg, d_beta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
+        d_state = d_final.clone()
+        for chunks, running in reversed(_blocks(layout.running, layout.chunk * HV * max(q.shape[-1], v.shape[-1]))):
+            q_, k_, g_, beta_row, do_ = (_load(x, layout, chunks) for x in (q, k, g, beta, do))
             decay, lower, inverse, x, states = saved[-5:]
             del saved[-5:]
-            beta_row, beta_column = beta[block].unsqueeze(-1), beta[block].unsqueeze(-2)
-            from_start, to_end, whole = _edges(g[block], decay)
+            beta_column = beta_row.mT
+            from_start, to_end, whole = _edges(g_.squeeze(-1), decay)
 
             # d: the gradient of beta X, from its own chunk's outputs and from the state after it, by the reverse recurrence.
             score_decay = decay * scale
@@ -238,27 +241,27 @@ class _ChunkRule(torch.autograd.Function):
             do_start, k_end = do_ * (from_start * scale), k_ * to_end
             w = (inverse * from_start.mT * beta_row) @ k_
             d_states = torch.empty_like(states)
-            start = size
-            for n in reversed(members):
-                part, now = slice(start - n, start), running[:n]
+            start = len(x)
+            for n in reversed(running):
+                part, now = slice(start - n * HV, start), d_state[: n * HV]
                 d_states[part] = now
                 d[part].baddbmm_(k_end[part], now)
                 now.mul_(whole[part]).baddbmm_(w[part].mT, d[part], alpha=-1).baddbmm_(q_[part].mT, do_start[part])
-                start -= n
+                start -= n * HV
 
-            dv_ = torch.bmm((inverse * beta_row).mT, d, out=dv[block])
+            dv_ = (inverse * beta_row).mT @ d
             cross = dv_ @ x.mT
             written = lower * cross
-            d_beta[block] = _dot(x, d) - written.sum(-2)
+            d_beta_ = _dot(x, d) - written.sum(-2)
             d_scores = (do_ @ x.mT).mul_(beta_column)
             pairs = scores.mul_(d_scores).sub_(written.mul_(beta_column))
             d_scores.mul_(score_decay)
             cross.mul_(decay).mul_(beta_column).tril_(-1)
 
-            dq_ = torch.bmm(do_start, states.mT, out=dq[block])
-            dk_ = torch.bmm(dv_, states.mT, out=dk[block]).mul_(-from_start)
+            dq_ = do_start @ states.mT
+            dk_ = (dv_ @ states.mT).mul_(-from_start)
             reads = _dot(q_, dq_) + _dot(k_, dk_)
-            dk_after = torch.bmm(x, d_states.mT).mul_(to_end * beta_row)
+            dk_after = (x @ d_states.mT).mul_(to_end * beta_row)
             writes = _dot(k_, dk_after)
             dq_.baddbmm_(d_scores, k_)
             dk_.add_(dk_after).baddbmm_(d_scores.mT, q_).baddbmm_(cross + cross.mT, k_, alpha=-1)
@@ -267,5 +270,8 @@ class _ChunkRule(torch.autograd.Function):
             # and from state to state. Summing just these, not differences of larger sums, keeps the digits under strong decay.
             carried = whole.flatten(1) * _dot(states, d_states).sum(-1, keepdim=True)
             upper = torch.ones_like(decay[0]).triu()
-            dg[block] = (upper @ pairs).tril_(-1).sum(-1) + reads @ upper.mT + writes @ upper.triu(1) + carried
-        return dq, dk, dv, dg, d_beta, running, None, None
+            dg_ = (upper @ pairs).tril_(-1).sum(-1) + reads @ upper.mT + writes @ upper.triu(1) + carried
+            in_chunks = (dq_, dk_, dv_, dg_.unsqueeze(-1), d_beta_.unsqueeze(-1))
+            for out, gradient in zip((dq, dk, dv, dg, d_beta), in_chunks):
+                _store(out, gradient, layout, chunks)
+        return dq, dk, dv, dg, d_beta, d_state, None, None
