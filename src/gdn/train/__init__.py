@@ -1,0 +1,1 @@
+"""Pretraining: recipe, optimizer, checkpoints, metrics and the loop."""

@@ -1,0 +1,122 @@
+"""A recipe: everything that decides a run, as frozen dataclasses read from TOML."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+from gdn.data.shards import Manifest
+from gdn.errors import ConfigError
+from gdn.model.config import ModelConfig
+from gdn.model.lm import Init
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    shards: str  # folder written by `gdn prepare`
+    seq_len: int = 2048
+    micro_batch_size: int = 16  # sequences in one forward-backward of one process
+    global_batch_size: int = 256  # sequences in one optimizer step
+    reset_at_documents: bool = False  # empty the state where a document begins
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    steps: int
+    seed: int = 42  # of the weights and of the data order
+    max_grad_norm: float = 1.0
+    init: Init = "mamba"
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products; weights are float32
+
+
+@dataclass(frozen=True)
+class OptimConfig:
+    lr: float = 4e-4
+    min_lr: float = 4e-5  # where the cosine ends
+    warmup_steps: int = 1024
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = 1e-15
+    weight_decay: float = 0.1
+    no_decay: tuple[str, ...] = ()  # globs over parameter names; one that matches nothing is an error
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    every: int = 0  # steps between held-out evaluations; 0: none
+    windows: int = 64  # of the held-out split, from its start
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = 1000  # steps; the last step is always kept
+    keep: int = 2  # newest checkpoints that are not deleted
+
+
+@dataclass(frozen=True)
+class LogConfig:
+    every: int = 10  # steps between rows of metrics.jsonl
+    tensorboard: bool = False
+
+
+class Plan(NamedTuple):
+    """What a recipe comes to on a number of processes."""
+
+    grad_accum_steps: int
+    tokens_per_step: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    name: str
+    model: ModelConfig
+    data: DataConfig
+    train: TrainConfig
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    log: LogConfig = field(default_factory=LogConfig)
+
+    def check(self, world_size: int) -> Plan:
+        """The run's arithmetic on `world_size` processes; ConfigError for a recipe that cannot be run as written."""
+        data, train, optim = self.data, self.train, self.optim
+        positive = {
+            "data.seq_len": data.seq_len,
+            "data.micro_batch_size": data.micro_batch_size,
+            "data.global_batch_size": data.global_batch_size,
+            "train.steps": train.steps,
+            "train.max_grad_norm": train.max_grad_norm,
+            "optim.lr": optim.lr,
+            "optim.eps": optim.eps,
+            "eval.windows": self.eval.windows,
+            "checkpoint.every": self.checkpoint.every,
+            "checkpoint.keep": self.checkpoint.keep,
+            "log.every": self.log.every,
+        }
+        for key, value in positive.items():
+            if value <= 0:
+                raise ConfigError(f"{key} = {value}; expected more than 0")
+        for key, value in {"optim.weight_decay": optim.weight_decay, "eval.every": self.eval.every}.items():
+            if value < 0:
+                raise ConfigError(f"{key} = {value}; expected 0 or more")
+        if not all(0 <= beta < 1 for beta in optim.betas):
+            raise ConfigError(f"optim.betas = {list(optim.betas)}; expected both in [0, 1)")
+        if not 0 <= optim.warmup_steps <= train.steps:
+            raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps}; expected 0 to train.steps = {train.steps}")
+        if not 0 <= optim.min_lr <= optim.lr:
+            raise ConfigError(f"optim.min_lr = {optim.min_lr}; expected 0 to optim.lr = {optim.lr}")
+        per_pass = data.micro_batch_size * world_size
+        if data.global_batch_size % per_pass:
+            raise ConfigError(
+                f"data.global_batch_size = {data.global_batch_size}; expected a multiple of data.micro_batch_size = "
+                f"{data.micro_batch_size} times {world_size} process(es)"
+            )
+        tokens_per_step = data.global_batch_size * data.seq_len
+        return Plan(data.global_batch_size // per_pass, tokens_per_step, tokens_per_step * train.steps)
+
+    def check_shards(self, manifest: Manifest, folder: Path) -> None:
+        """ConfigError if the shards hold token ids that the model has no embedding for."""
+        if manifest.vocab_size > self.model.vocab_size:
+            raise ConfigError(
+                f"model.vocab_size = {self.model.vocab_size}; expected at least {manifest.vocab_size}, "
+                f"the vocabulary of the shards in {folder}"
+            )
