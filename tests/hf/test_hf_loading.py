@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from hf_testing import SMALL, config_json, plain, relative, tokens
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
@@ -67,6 +67,7 @@ def test_defaults_are_flash_linear_attentions() -> None:
     config = GatedDeltaNetConfig()
     assert config.to_model_config() == ModelConfig(bos_token_id=1, eos_token_id=2)
     assert (config.attn_mode, config.hidden_act, config.output_gate_activation) == ("chunk", "swish", "swish")
+    assert (config.attn, config.attnres_block_size, config.use_l2warp) == (None, None, False)
     assert (config.fuse_norm, config.fuse_swiglu, config.fuse_cross_entropy) == (True, True, True)
 
 
@@ -172,12 +173,21 @@ def test_gdn_checkpoints_load(make: Make, tmp_path: Path) -> None:
     assert loaded.dtype == torch.bfloat16 and same_weights(loaded, load_model(tmp_path))
 
 
-def test_weights_missing_from_a_file_are_drawn_and_the_others_kept(make: Make, tmp_path: Path) -> None:
-    from safetensors.torch import save_file
+def test_gate_parameters_stored_in_bfloat16_are_widened(make: Make, tmp_path: Path) -> None:
+    make().save_pretrained(tmp_path)
+    tensors = {name: tensor.bfloat16() for name, tensor in load_file(tmp_path / "model.safetensors").items()}
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    for dtype in ("auto", torch.bfloat16, torch.float16):
+        attn = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=dtype).model.layers[0].attn
+        assert attn.A_log.dtype == attn.dt_bias.dtype == torch.float32
+        assert torch.equal(attn.A_log, tensors["model.layers.0.attn.A_log"].float())
 
+
+def test_weights_missing_from_a_file_are_drawn_and_the_others_kept(make: Make, tmp_path: Path) -> None:
     make().save_pretrained(tmp_path)
     tensors = load_file(tmp_path / "model.safetensors")
     lost = ["model.layers.1.attn.A_log", "model.layers.0.attn.q_proj.weight", "model.layers.1.attn_norm.weight"]
+    lost += ["model.layers.0.attn.dt_bias"]  # its neighbour A_log is there, and the other way round in layer 1
     save_file({k: v for k, v in tensors.items() if k not in lost}, tmp_path / "model.safetensors", metadata={"format": "pt"})
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
     for name in tensors.keys() - set(lost):

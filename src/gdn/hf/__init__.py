@@ -10,7 +10,7 @@ from gdn.hf.configuration import GatedDeltaNetConfig
 from gdn.hf.export import export, write_card
 from gdn.hf.modeling import GatedDeltaNetForCausalLM, GatedDeltaNetModel, GatedDeltaNetPreTrainedModel
 
-# exist_ok: flash-linear-attention registers the same type; whichever is imported last serves the Auto classes.
+# flash-linear-attention registers the same type, also with exist_ok; whichever is imported last serves AutoConfig.
 AutoConfig.register(GatedDeltaNetConfig.model_type, GatedDeltaNetConfig, exist_ok=True)
 AutoModel.register(GatedDeltaNetConfig, GatedDeltaNetModel, exist_ok=True)
 AutoModelForCausalLM.register(GatedDeltaNetConfig, GatedDeltaNetForCausalLM, exist_ok=True)
