@@ -151,6 +151,7 @@ def test_the_two_public_functions_agree_and_leave_their_inputs_alone() -> None:
 
 PACKINGS = [
     [75],
+    [20, 44],
     [40, 35, 64],
     [0, 33, 7],
     [20, 0, 0, 50],
