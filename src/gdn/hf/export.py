@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from gdn.errors import CheckpointError
 from gdn.files import publish_folder
@@ -61,6 +61,16 @@ def export(
                 f"{out}: not published: the exported weights' logits differ from the model's by {difference:.1e} "
                 f"(relative 2-norm); expected at most {_TOLERANCE:.0e}"
             )
+
+
+def greedy_text(folder: Path, prompt: str, bos_id: int, max_new_tokens: int) -> str:
+    """What plain transformers code writes after `prompt` with the model and tokenizer in `folder`, greedily, without a stop."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([[bos_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
+    mask = torch.ones_like(ids)
+    output = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None)
+    return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
 def write_card(recipe: Mapping[str, Any], data: Mapping[str, Any], results: Mapping[str, Any]) -> str:

@@ -1,0 +1,7 @@
+"""`python -m gdn` is `gdn`."""
+
+import sys
+
+from gdn.cli import main
+
+sys.exit(main())

@@ -1,0 +1,292 @@
+"""The command line: paths in, one function a command, text out. The one place that prints; starts without heavy imports."""
+
+import argparse
+import importlib.util
+import logging
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from gdn import __version__
+from gdn.errors import CheckpointError, DataError, GDNError
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run `gdn` with `arguments` (the process's own if None); returns the exit code: 2 for what the user can mend."""
+    args = _parser().parse_args(arguments)
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("gdn").setLevel(logging.WARNING if args.quiet else logging.INFO)
+    try:
+        code: int = args.command(args)
+        return code
+    except GDNError as error:
+        print(f"gdn: {error}", file=sys.stderr)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output has gone; nothing is left to say
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"gdn: {where}{error.strerror or error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print("gdn: interrupted", file=sys.stderr)
+        return 130
+    return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="gdn",
+        description="Gated DeltaNet language models, end to end.",
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=16),
+    )
+    parser.add_argument("--version", action="version", version=f"gdn {__version__}")
+    parser.add_argument("--quiet", action="store_true", help="no notes on stderr, only errors")
+    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+
+    add = commands.add_parser(
+        "quickstart", help="train, evaluate, export and report a small model on text found on this machine"
+    )
+    add.add_argument("--text", default="", metavar="PATH", help="a file or folder of text (default: Python's standard library)")
+    add.add_argument("--minutes", type=float, default=3.0, help="of training (default: %(default)g)")
+    add.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="folder to work in (default: %(default)s)")
+    add.set_defaults(command=_quickstart)
+
+    add = commands.add_parser("info", help="a recipe's parameters, FLOPs, tokens, memory and time")
+    _add_recipe(add)
+    add.add_argument("--tokens-per-second", type=float, metavar="N", help="the speed to compute the time at")
+    add.set_defaults(command=_info)
+
+    add = commands.add_parser("prepare", help="documents to token shards with a manifest")
+    add.add_argument("source", type=Path, help="a file or folder: txt, md, rst, py, jsonl (plain, gz, zst), parquet")
+    add.add_argument("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json or its folder")
+    add.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of this vocabulary instead")
+    add.add_argument("--out", type=Path, required=True, help="folder to create")
+    add.add_argument("--holdout", type=float, default=0.01, help="share of the bytes to hold out (default: %(default)g)")
+    add.add_argument("--text-column", default="text", help="of jsonl and parquet rows (default: %(default)s)")
+    add.add_argument("--deduplicate", action="store_true", help="drop exact copies")
+    add.add_argument("--skip-bad", action="store_true", help="leave out unreadable files and rows, counted in the manifest")
+    add.set_defaults(command=_prepare)
+
+    add = commands.add_parser("data", help="token shards: check")
+    data = add.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    add = data.add_parser("check", help="verify every checksum of a folder of shards")
+    add.add_argument("folder", type=Path)
+    add.set_defaults(command=_data_check)
+
+    add = commands.add_parser("train", help="train a recipe; the same command goes on where it stopped")
+    _add_recipe(add)
+    add.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
+    add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add.set_defaults(command=_train)
+
+    add = commands.add_parser("generate", help="continue a prompt, streamed")
+    add.add_argument("checkpoint", type=Path, help="a run, a checkpoint or a Hugging Face folder")
+    add.add_argument("prompt")
+    add.add_argument("--max-new-tokens", type=int, default=200)
+    add.add_argument("--temperature", type=float, default=0.8, help="0 is greedy (default: %(default)g)")
+    add.add_argument("--top-k", type=int)
+    add.add_argument("--top-p", type=float)
+    add.add_argument("--seed", type=int, default=0)
+    add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add.set_defaults(command=_generate)
+
+    add = commands.add_parser("export", help="a checkpoint to a Hugging Face folder, logits compared")
+    add.add_argument("checkpoint", type=Path, help="a run or a checkpoint")
+    add.add_argument("out", type=Path, help="folder to create")
+    add.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="of the weights (default: %(default)s)"
+    )
+    add.set_defaults(command=_export)
+
+    add = commands.add_parser("doctor", help="what this machine is, and whether the kernels are right on it")
+    add.set_defaults(command=_doctor)
+    return parser
+
+
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("recipe", type=Path, help="a TOML file, see recipes/")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
+
+
+def _quickstart(args: argparse.Namespace) -> int:
+    _need_transformers("quickstart")
+    from rich.console import Console
+
+    from gdn.quickstart import Options, quickstart
+
+    text = str(Path(args.text).resolve()) if args.text else ""
+    return quickstart(Options(text, args.minutes), args.out, Console())
+
+
+def _info(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from gdn.config import load
+    from gdn.info import describe
+    from gdn.train.recipe import RunConfig
+
+    console = Console()
+    for table in describe(load(RunConfig, args.recipe, args.overrides), args.tokens_per_second):
+        console.print(table)
+    return 0
+
+
+def _prepare(args: argparse.Namespace) -> int:
+    from gdn.data.prepare import choose_holdout, cut_document, prepare
+    from gdn.data.readers import ReadStats, is_row_file, read_documents
+    from gdn.data.shards import TRAIN
+    from gdn.data.tokenizer import load_tokenizer, train_bpe
+
+    if (args.tokenizer is None) == (args.train_tokenizer is None):
+        raise DataError("prepare: expected one of --tokenizer PATH and --train-tokenizer SIZE")
+    if not 0 < args.holdout < 1:
+        raise DataError(f"--holdout = {args.holdout}; expected a share between 0 and 1")
+    stats = ReadStats()
+    documents = list(read_documents(args.source, text_column=args.text_column, skip_bad=args.skip_bad, stats=stats))
+    if len(documents) == 1 and not is_row_file(documents[0].path):
+        documents = cut_document(documents[0], 100)
+    holdout = choose_holdout(documents, args.holdout, seed=0)
+    if args.tokenizer is not None:
+        tokenizer = load_tokenizer(args.tokenizer)
+    else:
+        tokenizer = train_bpe((d.text for d in documents if holdout.split_of(d) == TRAIN), args.train_tokenizer)
+    manifest = prepare(
+        documents,
+        tokenizer,
+        args.out,
+        split_of=holdout.split_of,
+        deduplicate=args.deduplicate,
+        sources=(str(args.source),),
+        options={"holdout": args.holdout, "heldout_by": holdout.by, "text_column": args.text_column},
+        stats=stats,
+        progress=_show_progress if sys.stderr.isatty() else None,
+    )
+    for split in manifest.splits:
+        print(
+            f"{split}: {manifest.num_documents(split):,} documents, {manifest.num_bytes(split):,} bytes, "
+            f"{manifest.num_tokens(split):,} tokens"
+        )
+    if manifest.skipped:
+        print(f"left out: {manifest.skipped} unreadable files or rows, the first: {stats.first_bad}")
+    return 0
+
+
+def _show_progress(documents: int, num_bytes: int) -> None:
+    print(f"\r{documents:,} documents, {num_bytes / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
+
+
+def _data_check(args: argparse.Namespace) -> int:
+    from gdn.data.shards import verify_shards
+
+    manifest = verify_shards(args.folder)
+    files = sum(len(files) for files in manifest.splits.values())
+    tokens = sum(manifest.num_tokens(split) for split in manifest.splits)
+    print(f"{args.folder}: {files} shards, {tokens:,} tokens, all checksums right")
+    return 0
+
+
+def _train(args: argparse.Namespace) -> int:
+    import signal
+
+    from rich.console import Console
+
+    from gdn.config import load
+    from gdn.train.loop import train
+    from gdn.train.recipe import RunConfig
+
+    run = load(RunConfig, args.recipe, args.overrides)
+    outcome = train(run, args.out or Path("runs") / run.name, _device(args.device), Console())
+    print(f"step {outcome.progress.step:,}: {outcome.checkpoint}")
+    if outcome.stopped_by is not None:
+        print("stopped; the same command goes on from there")
+    return 130 if outcome.stopped_by is signal.SIGINT else 0
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from gdn.data.tokenizer import load_tokenizer
+    from gdn.generation.engine import for_decoding, generate
+    from gdn.generation.sampling import Sampling
+    from gdn.model.load import load_model
+
+    sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
+    folder = _find_checkpoint(args.checkpoint)
+    tokenizer = load_tokenizer(folder)
+    model = for_decoding(load_model(folder), _device(args.device))
+    prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(args.prompt)
+    eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
+    print(args.prompt, end="", flush=True)
+    ids: list[int] = []
+    shown = ""
+    for token in generate(model, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, eos_ids=eos):
+        ids.append(token)
+        text = tokenizer.decode(ids)
+        # A character may be spread over several tokens: half of one decodes to U+FFFD, and is not shown before its end.
+        if not text.endswith("\ufffd"):
+            print(text[len(shown) :], end="", flush=True)
+            shown = text
+            if len(ids) > 64 and shown.endswith("\n"):
+                ids, shown = [], ""  # decoding starts anew, so that its cost does not grow with the text
+    print(tokenizer.decode(ids)[len(shown) :])
+    return 0
+
+
+def _export(args: argparse.Namespace) -> int:
+    _need_transformers("export")
+    import torch
+
+    from gdn.config import load, to_dict
+    from gdn.data.tokenizer import load_tokenizer
+    from gdn.hf.export import export, write_card
+    from gdn.model.load import load_model
+    from gdn.train.recipe import RunConfig
+    from gdn.train.state import RECIPE
+
+    folder = _find_checkpoint(args.checkpoint)
+    recipe = to_dict(load(RunConfig, folder / RECIPE)) if (folder / RECIPE).exists() else {}
+    dtype = getattr(torch, args.dtype)
+    tokenizer = load_tokenizer(folder)
+    export(load_model(folder), args.out, tokenizer_files=tokenizer.save, card=write_card(recipe, {}, {}), dtype=dtype)
+    print(f"{args.out}: written, loaded back through transformers, the same logits")
+    return 0
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from rich.console import Console
+
+    from gdn.doctor import examine, table
+
+    checks = examine()
+    Console().print(table(checks))
+    return 1 if any(check.ok is False for check in checks) else 0
+
+
+def _need_transformers(command: str) -> None:
+    if importlib.util.find_spec("transformers") is None:
+        raise GDNError(f'{command} checks its model through transformers: pip install "gdn[hf]"')
+
+
+def _find_checkpoint(path: Path) -> Path:
+    """A model folder as it is; of a run folder its newest checkpoint."""
+    from gdn.model.load import CONFIG
+    from gdn.train.checkpoint import checkpoints
+    from gdn.train.loop import CHECKPOINTS
+
+    if (path / CONFIG).exists():
+        return path
+    found = checkpoints(path / CHECKPOINTS)
+    if not found:
+        raise CheckpointError(f"{path}: neither a model folder ({CONFIG}) nor a run with checkpoints")
+    return found[-1]
+
+
+def _device(name: str) -> "torch.device":  # type: ignore[name-defined]  # noqa: F821  torch is imported late
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise GDNError(f"--device {name}: not usable here ({reason}); expected auto, cpu, cuda or mps") from None
+    return device
