@@ -213,10 +213,11 @@ def _generate(args: argparse.Namespace) -> int:
     model = for_decoding(load_model(folder), _device(args.device))
     prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(args.prompt)
     eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    print(args.prompt, end="", flush=True)
     ids: list[int] = []
     shown = ""
-    for token in generate(model, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, eos_ids=eos):
+    for i, token in enumerate(generate(model, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, eos_ids=eos)):
+        if i == 0:  # not before: notes on the machine come with the first forward pass, and go first
+            print(args.prompt, end="", flush=True)
         ids.append(token)
         text = tokenizer.decode(ids)
         # A character may be spread over several tokens: half of one decodes to U+FFFD, and is not shown before its end.
