@@ -1,5 +1,7 @@
 """What a recipe comes to, by arithmetic alone: parameters, FLOPs, tokens, memory, time."""
 
+import math
+
 from rich.table import Table
 
 from gdn.errors import ConfigError
@@ -13,8 +15,8 @@ _TRAINING_PASSES = 3  # the backward costs two forwards
 def describe(run: RunConfig, tokens_per_second: float | None = None) -> list[Table]:
     """Tables to print; ConfigError for a recipe that cannot run or a speed that is none."""
     plan = run.check(world_size=1)
-    if tokens_per_second is not None and tokens_per_second <= 0:
-        raise ConfigError(f"--tokens-per-second = {tokens_per_second}; expected more than 0")
+    if tokens_per_second is not None and not 0 < tokens_per_second < math.inf:
+        raise ConfigError(f"--tokens-per-second = {tokens_per_second}; expected a number above 0")
     model, data = run.model, run.data
     parameters, flops = model.num_parameters(), model.flops_per_token(data.seq_len)
     work = _TRAINING_PASSES * flops.total * plan.tokens

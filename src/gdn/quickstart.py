@@ -133,7 +133,7 @@ def quickstart(options: Options, out: Path, console: Console) -> int:
 
 def _check_options(options: Options, out: Path) -> None:
     path, ours = out / "options.json", {"text": options.text, "minutes": options.minutes}
-    if path.exists():
+    if path.exists() and (out / "shards" / MANIFEST).exists():  # before that, of text that was refused, nothing is left
         theirs = json.loads(path.read_text(encoding="utf-8"))
         if theirs != ours:
             raise ConfigError(f"{out} holds a quickstart with {theirs}, not {ours}; choose another --out or delete it")
