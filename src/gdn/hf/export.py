@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers.utils import logging
 
 from gdn.errors import CheckpointError
 from gdn.files import publish_folder
@@ -65,12 +66,23 @@ def export(
 
 def greedy_text(folder: Path, prompt: str, bos_id: int, max_new_tokens: int) -> str:
     """What plain transformers code writes after `prompt` with the model and tokenizer in `folder`, greedily, without a stop."""
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    model = _load(folder)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     ids = torch.tensor([[bos_id, *tokenizer(prompt, add_special_tokens=False)["input_ids"]]])
     mask = torch.ones_like(ids)
     output = model.generate(ids, attention_mask=mask, max_new_tokens=max_new_tokens, do_sample=False, eos_token_id=None)
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
+
+
+def _load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
+    """The folder's model through the Auto classes, without their progress bars: these are fractions of a second."""
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+    finally:
+        if shown:
+            logging.enable_progress_bar()
 
 
 def write_card(recipe: Mapping[str, Any], data: Mapping[str, Any], results: Mapping[str, Any]) -> str:
@@ -92,7 +104,7 @@ def write_card(recipe: Mapping[str, Any], data: Mapping[str, Any], results: Mapp
 def _difference(model: GatedDeltaNetLM, folder: Path, dtype: torch.dtype | None) -> float:
     """Relative 2-norm between the logits of what lies in `folder` and of `model` with its weights cast to `dtype`."""
     wanted = _cast(model, dtype)
-    found = AutoModelForCausalLM.from_pretrained(folder, dtype=wanted.model.embeddings.weight.dtype).eval()
+    found = _load(folder, dtype=wanted.model.embeddings.weight.dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, _CHECK_SHAPE, generator=generator)
     with torch.no_grad():

@@ -19,11 +19,9 @@ _NAME = re.compile(r"step-(\d{8})")
 def publish(folder: Path, step: int, write: Callable[[Path], None], keep: int) -> Path:
     """Let `write` fill a new checkpoint of `step` in `folder`, publish it with its checksums, then delete all but `keep`.
 
-    A checkpoint of this step that is already there, from a run that went back, is replaced after the new one is complete.
+    There is none of this step yet: a run goes on from its newest.
     """
     target = folder / f"step-{step:08d}"
-    if target.exists():
-        shutil.rmtree(target)
     with publish_folder(target) as partial:
         write(partial)
         sums = {str(path.relative_to(partial)): sha256_file(path) for path in sorted(partial.rglob("*")) if path.is_file()}
