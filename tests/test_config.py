@@ -47,7 +47,7 @@ def test_reads_every_kind_of_value(tmp_path: Path) -> None:
         'name = "n"\nsteps = 7\nlimit = 4\nkind = "b"\npair = [2, "y"]\n[middle]\nflag = true\n[middle.inner]\nsizes = [1, 2]'
     )
     got = config.load(Outer, write(tmp_path, text))
-    assert got == Outer("n", 7, 4, "b", (2.0, "y"), Middle(Inner(0.5, (1,)), True))
+    assert got == Outer("n", 7, 4, "b", (2.0, "y"), Middle(Inner(0.5, (1, 2)), True))
     assert isinstance(got.pair[0], float)  # an integer is a number
 
 
