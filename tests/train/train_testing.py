@@ -1,0 +1,99 @@
+"""Tiny runs: generated text, its shards, a recipe, and the comparison of two checkpoints bit by bit."""
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from safetensors.torch import load_file
+from torch import Tensor
+
+from gdn import config as toml
+from gdn.data.prepare import prepare
+from gdn.data.readers import Document
+from gdn.data.shards import HELDOUT, TRAIN
+from gdn.data.tokenizer import train_bpe
+from gdn.model.config import ModelConfig
+from gdn.train.loop import CHECKPOINTS, Outcome, train
+from gdn.train.recipe import RunConfig
+from gdn.train.state import OPTIMIZER
+
+WORDS = "the state is a matrix that forgets what it read and writes what it sees over and under every gate".split()
+VOCAB = 300
+RECIPE: dict[str, Any] = {
+    "name": "tiny",
+    "model": {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "num_hidden_layers": 2,
+        "num_heads": 2,
+        "head_dim": 16,
+        "expand_v": 1.0,
+        "intermediate_size": 48,
+    },
+    "data": {"seq_len": 32, "micro_batch_size": 2, "global_batch_size": 4},
+    "train": {"steps": 6, "dtype": "float32", "seed": 7},
+    "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 2},
+    "checkpoint": {"every": 1, "keep": 100},
+    "log": {"every": 1},
+}
+
+
+def text(words: int, seed: int) -> str:
+    """Words drawn by a linear congruential generator: the same on every machine and Python."""
+    chosen, x = [], seed
+    for _ in range(words):
+        x = (1103515245 * x + 12345) % 2**31
+        chosen.append(WORDS[(x >> 16) % len(WORDS)])
+    return " ".join(chosen) + "\n"
+
+
+def make_shards(folder: Path, vocab: int = VOCAB, seed: int = 1) -> Path:
+    documents = [Document(text(60, seed + i), f"{i}.txt", 0, "") for i in range(40)]
+    tokenizer = train_bpe([document.text for document in documents], vocab)
+    prepare(documents, tokenizer, folder, split_of=lambda document: HELDOUT if document.path == "39.txt" else TRAIN)
+    return folder
+
+
+def make_run(shards: Path, **changes: dict[str, Any]) -> RunConfig:
+    """The tiny recipe on `shards`, with sections updated: make_run(shards, train={"steps": 3})."""
+    data = {key: value | changes.get(key, {}) if isinstance(value, dict) else value for key, value in RECIPE.items()}
+    data |= {key: value for key, value in changes.items() if key not in data}
+    data["data"] |= {"shards": str(shards)} | changes.get("data", {})
+    return toml.build(RunConfig, data, "test")
+
+
+def with_model(run: RunConfig, **changes: Any) -> RunConfig:
+    return dataclasses.replace(run, model=ModelConfig(**dataclasses.asdict(run.model) | changes))
+
+
+def go(run: RunConfig, folder: Path) -> Outcome:
+    with (folder.parent / "console.txt").open("a", encoding="utf-8") as stream:
+        return train(run, folder, torch.device("cpu"), Console(file=stream))
+
+
+def saved(folder: Path, step: int) -> Path:
+    return folder / CHECKPOINTS / f"step-{step:08d}"
+
+
+def tensors(checkpoint: Path) -> dict[str, Tensor]:
+    """All weights and all optimizer tensors of a checkpoint."""
+    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / OPTIMIZER)
+
+
+def differences(one: Path, other: Path) -> list[str]:
+    """Names of tensors that are not the same bit by bit in two checkpoints."""
+    a, b = tensors(one), tensors(other)
+    return sorted(
+        name
+        for name in a.keys() | b.keys()
+        if name not in a
+        or name not in b
+        or a[name].dtype != b[name].dtype
+        or not torch.equal(a[name].reshape(-1).view(torch.uint8), b[name].reshape(-1).view(torch.uint8))
+    )
+
+
+def partials(folder: Path) -> list[Path]:
+    return sorted(folder.rglob("*.partial-*"))
