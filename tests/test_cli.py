@@ -1,0 +1,203 @@
+"""The command line: what it costs to start, one line for bad input, and the whole path from text to an exported model."""
+
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from gdn.cli import main
+
+RECIPES = Path(__file__).parents[1] / "recipes"
+TINY = """
+name = "tiny"
+[model]
+vocab_size = 300
+hidden_size = 16
+num_hidden_layers = 1
+num_heads = 1
+head_dim = 8
+expand_v = 1.0
+bos_token_id = 0
+eos_token_id = 0
+[data]
+shards = "SHARDS"
+seq_len = 16
+micro_batch_size = 2
+global_batch_size = 2
+[train]
+steps = 5
+dtype = "float32"
+[optim]
+warmup_steps = 1
+"""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """text/, shards/, tiny.toml and a trained run/."""
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "text").mkdir()
+    for i in range(40):
+        (folder / "text" / f"{i}.txt").write_text(f"Die Größe {i} 😀 füllt naïve Zeilen.\n" * 5, encoding="utf-8")
+    (folder / "tiny.toml").write_text(TINY.replace("SHARDS", str(folder / "shards")))
+    arguments = [
+        "prepare",
+        str(folder / "text"),
+        "--train-tokenizer",
+        "300",
+        "--holdout",
+        "0.1",
+        "--out",
+        str(folder / "shards"),
+    ]
+    assert main(arguments) == 0
+    assert main(["data", "check", str(folder / "shards")]) == 0
+    assert main(["train", str(folder / "tiny.toml"), "--out", str(folder / "run"), "--device", "cpu"]) == 0
+    return folder
+
+
+def refused(capsys: pytest.CaptureFixture[str], arguments: list[str], *parts: str) -> None:
+    """Exit code 2, and one line that names all of `parts`."""
+    capsys.readouterr()
+    assert main(arguments) == 2
+    stderr = capsys.readouterr().err
+    assert stderr.count("\n") == 1 and stderr.startswith("gdn: "), stderr
+    for part in parts:
+        assert part in stderr
+
+
+@pytest.mark.parametrize("code", ["import gdn", "import gdn.cli; gdn.cli.main(['--help'])"], ids=["import", "help"])
+def test_starts_at_once_without_torch(code: str) -> None:
+    times = []
+    for _ in range(5):
+        started = time.monotonic()
+        subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+        times.append(time.monotonic() - started)
+    assert statistics.median(times) <= 0.15, times
+    check = (
+        f"import sys, atexit\natexit.register(lambda: print('heavy:', {{'torch', 'numpy', 'rich'}} & set(sys.modules)))\n{code}"
+    )
+    assert b"heavy: set()" in subprocess.run([sys.executable, "-c", check], check=True, capture_output=True).stdout
+
+
+def test_recipe_errors(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    recipe = str(work / "tiny.toml")
+    refused(capsys, ["info", recipe, "optim.lrr=1"], "'optim.lrr'", "'optim.lr'", recipe)
+    refused(capsys, ["info", recipe, "train.steps=many"], "train.steps", "'many'", "an integer")
+    refused(capsys, ["info", recipe, "train.steps"], "'train.steps'", "section.key=value")
+    refused(capsys, ["train", str(work / "none.toml")], str(work / "none.toml"))
+    for speed in ("nan", "inf", "0", "-1"):
+        refused(capsys, ["info", recipe, f"--tokens-per-second={speed}"], "--tokens-per-second")
+    refused(capsys, ["train", recipe, "--device", "toaster", "--out", str(work / "x")], "--device toaster")
+    refused(capsys, ["train", recipe, "model.vocab_size=299", "--out", str(work / "y")], "model.vocab_size = 299", "300")
+    refused(capsys, ["train", recipe, "model.hidden_size=24", "--out", str(work / "run")], "hidden_size")
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b" \n", b"\x00\x01\x02" * 99, b"caf\xe9 " * 99], ids=["empty", "blank", "binary", "latin-1"]
+)
+def test_text_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes) -> None:
+    (tmp_path / "bad.txt").write_bytes(content)
+    out = tmp_path / "out"
+    arguments = ["prepare", str(tmp_path / "bad.txt"), "--train-tokenizer", "300", "--out", str(out)]
+    refused(capsys, arguments, *(["bad.txt"] if content.strip() else []))
+    assert [path.name for path in tmp_path.iterdir()] == ["bad.txt"]
+
+
+def test_altered_and_truncated_shards(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    import shutil
+
+    for name in ("altered", "truncated"):
+        folder = tmp_path / name
+        shutil.copytree(work / "shards", folder)
+        path = folder / "train-00000.bin"
+        content = bytearray(path.read_bytes())
+        content[7] ^= 1
+        path.write_bytes(bytes(content) if name == "altered" else path.read_bytes()[:-2])
+        refused(capsys, ["data", "check", str(folder)], str(path))
+        recipe = str(work / "tiny.toml")
+        refused(capsys, ["train", recipe, f"data.shards={folder}", "--out", str(tmp_path / "run")], str(path))
+
+
+def test_generate_errors(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    refused(capsys, ["generate", str(tmp_path), "x"], str(tmp_path))
+    refused(capsys, ["generate", str(work / "run"), "x", "--temperature", "nan"], "temperature = nan")
+    refused(capsys, ["export", str(work / "run"), str(work / "text")], str(work / "text"))
+
+
+def test_a_folder_that_cannot_be_written(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("x")
+    refused(capsys, ["train", str(work / "tiny.toml"), "--out", str(tmp_path / "file" / "run")], str(tmp_path / "file"))
+    if os.getuid() == 0:
+        pytest.skip("root may write anywhere")
+    (tmp_path / "closed").mkdir(mode=0o500)
+    refused(capsys, ["train", str(work / "tiny.toml"), "--out", str(tmp_path / "closed" / "run")], str(tmp_path / "closed"))
+
+
+def test_info_of_the_published_run(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["info", str(RECIPES / "gdn_360m_15b.toml"), "--tokens-per-second", "136000"]) == 0
+    text = capsys.readouterr().out
+    assert "357,781,928" in text and "15,032,385,536" in text and "30.7 h" in text
+
+
+def test_generate_streams_what_decoding_at_once_gives(work: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gdn.data.tokenizer import load_tokenizer
+    from gdn.generation.engine import generate
+    from gdn.generation.sampling import Sampling
+    from gdn.model.load import load_model
+
+    folder = next((work / "run" / "checkpoints").iterdir())
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    prompt = [0, *tokenizer.encode("Größe 😀")]
+    texts = {}
+    for seed in (1, 2, 3):
+        arguments = [
+            "generate",
+            str(work / "run"),
+            "Größe 😀",
+            "--seed",
+            str(seed),
+            "--max-new-tokens",
+            "150",
+            "--device",
+            "cpu",
+        ]
+        printed = []
+        for _ in range(2):
+            capsys.readouterr()
+            assert main([*arguments, "--temperature", "1.0"]) == 0
+            printed.append(capsys.readouterr().out)
+        sampling = Sampling(temperature=1.0, seed=seed)
+        ids = list(generate(model, prompt, max_new_tokens=150, sampling=sampling, eos_ids=(0,)))
+        assert printed[0] == printed[1] == "Größe 😀" + tokenizer.decode(ids) + "\n"
+        texts[seed] = printed[0]
+    assert len(set(texts.values())) == 3 and "\ufffd" in "".join(texts.values())  # an untrained model breaks characters
+
+
+def test_export_loads_through_transformers(work: Path, tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM
+
+    import gdn.hf  # noqa: F401  registers the Auto classes
+    from gdn.model.load import load_model
+
+    assert main(["export", str(work / "run"), str(tmp_path / "hf")]) == 0
+    ids = torch.arange(20)[None]
+    with torch.no_grad():
+        wanted = load_model(next((work / "run" / "checkpoints").iterdir()))(ids).logits
+        got = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits
+    torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
+    assert "tiny" in (tmp_path / "hf" / "README.md").read_text()
