@@ -227,10 +227,10 @@ class _ChunkRule(torch.autograd.Function):
         scale, layout, HV = ctx.scale, ctx.layout, v.shape[2]
         dq, dk, dv, dg, d_beta = (x.new_empty(x.shape) for x in (q, k, v, g, beta))
         d_state = d_final.clone()
-        for chunks, running in reversed(_blocks(layout.running, layout.chunk * HV * max(q.shape[-1], v.shape[-1]))):
+        blocks = _blocks(layout.running, layout.chunk * HV * max(q.shape[-1], v.shape[-1]))
+        for i, (chunks, running) in reversed(list(enumerate(blocks))):
             q_, k_, g_, beta_row, do_ = (_load(x, layout, chunks) for x in (q, k, g, beta, do))
-            decay, lower, inverse, x, states = saved[-5:]
-            del saved[-5:]
+            decay, lower, inverse, x, states = saved[5 * i : 5 * i + 5]
             beta_column = beta_row.mT
             from_start, to_end, whole = _edges(g_.squeeze(-1), decay)
 
