@@ -19,7 +19,7 @@ from gdn.train.loop import CHECKPOINTS, Outcome, train
 from gdn.train.recipe import RunConfig
 from gdn.train.state import OPTIMIZER
 
-WORDS = "the state is a matrix that forgets what it read and writes what it sees over and under every gate".split()
+WORDS = ["the", "state", "is", "a", "matrix", "that", "forgets", "what", "it", "read", "and", "writes", "over", "every", "gate"]
 VOCAB = 300
 RECIPE: dict[str, Any] = {
     "name": "tiny",

@@ -49,6 +49,7 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
     """
     run.check(world_size=1)
     with lock_folder(folder):
+        checkpoint.clean(folder)
         loader, heldout = open_data(run)
         recipe, saves, fingerprint = toml.dump(run), folder / CHECKPOINTS, loader.shards.manifest.fingerprint
         model = build_model(run, device)

@@ -20,7 +20,8 @@ class Metrics:
     """Appends rows to `folder`/metrics.jsonl, each flushed, and to TensorBoard if asked."""
 
     def __init__(self, folder: Path, tensorboard: bool) -> None:
-        self._stream = (folder / METRICS).open("a", encoding="utf-8")
+        self._stream = (folder / METRICS).open("a+", encoding="utf-8")
+        self._end_torn_row()
         self._board: Any = None
         if tensorboard:
             try:
@@ -28,6 +29,13 @@ class Metrics:
             except ImportError:
                 raise ConfigError('log.tensorboard = true needs tensorboard: pip install "gdn[tensorboard]"') from None
             self._board = SummaryWriter(str(folder / "tensorboard"))
+
+    def _end_torn_row(self) -> None:
+        """End a last row that a kill cut off, so that the next one is not lost with it."""
+        if self._stream.tell():
+            self._stream.seek(0)
+            if not self._stream.read().endswith("\n"):
+                self._stream.write("\n")
 
     def write(self, row: Mapping[str, float]) -> None:
         """Write one row; it has a "step". Values that JSON cannot hold (nan, inf) become null."""

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -30,13 +31,19 @@ class Progress:
 def write_state(
     folder: Path, model: GatedDeltaNetLM, optimizer: torch.optim.AdamW, progress: Progress, recipe: str, shards: str
 ) -> None:
-    """Write model, optimizer, progress and recipe into `folder`; `shards` is the fingerprint of the data's manifest."""
-    save_model(model, folder)
+    """Write model, optimizer, progress and recipe into `folder`; `shards` is the fingerprint of the data's manifest.
+
+    Raises OSError where the disk does not take them.
+    """
     moments: dict[str, Tensor] = {}
     for name, parameter in model.named_parameters():
         for key, value in optimizer.state[parameter].items():
             moments[f"{name}:{key}"] = value.detach().cpu()
-    save_file(moments, folder / OPTIMIZER)
+    try:
+        save_model(model, folder)
+        save_file(moments, folder / OPTIMIZER)
+    except SafetensorError as error:  # what safetensors makes of a full disk
+        raise OSError(f"{folder}: cannot be written: {error}") from None
     text = json.dumps(asdict(progress) | {"shards": shards}, indent=1)
     (folder / PROGRESS).write_text(text + "\n", encoding="utf-8")
     (folder / RECIPE).write_text(recipe, encoding="utf-8")

@@ -1,0 +1,103 @@
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from train_testing import differences, go, make_run, partials, saved
+
+from gdn import config as toml
+from gdn.train.recipe import RunConfig
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+GDN = [sys.executable, "-m", "gdn", "--quiet", "train"]
+
+
+def write_recipe(run: RunConfig, path: Path) -> str:
+    path.write_text(toml.dump(run), encoding="utf-8")
+    return str(path)
+
+
+def kill_and_compare(shards: Path, tmp_path: Path, steps: int, kills: int, seed: int) -> dict[str, int]:
+    run = make_run(shards, train={"steps": steps}, checkpoint={"every": 2, "keep": 2})
+    go(run, tmp_path / "whole")
+    recipe, out = write_recipe(run, tmp_path / "recipe.toml"), tmp_path / "run"
+    driver = [sys.executable, str(Path(__file__).with_name("killer.py")), recipe, str(out), str(seed), str(kills)]
+    result = subprocess.run(driver, env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    last = subprocess.run([*GDN, recipe, "--out", str(out)], env=ENVIRONMENT, capture_output=True, text=True)
+    assert last.returncode == 0, last.stderr
+    counts: dict[str, int] = json.loads(result.stdout)
+    for folder in [out, *tmp_path.glob("run-done-*")]:
+        assert differences(saved(tmp_path / "whole", steps), saved(folder, steps)) == []
+        assert partials(folder) == []
+        assert sorted(path.name for path in (folder / "checkpoints").iterdir()) == [
+            f"step-{steps - 2:08d}",
+            f"step-{steps:08d}",
+        ]
+    return counts
+
+
+def test_killed_three_times_ends_bit_identical(shards: Path, tmp_path: Path) -> None:
+    counts = kill_and_compare(shards, tmp_path, steps=20, kills=3, seed=1)
+    assert counts["killed"] == 3 and counts["inside"] >= 1
+
+
+@pytest.mark.soak
+def test_killed_two_hundred_times_ends_bit_identical(shards: Path, tmp_path: Path) -> None:
+    counts = kill_and_compare(shards, tmp_path, steps=40, kills=200, seed=2)
+    assert counts["killed"] == 200 and counts["inside"] >= 20
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_signal_from_outside_leaves_a_checkpoint_to_go_on_from(
+    number: signal.Signals, code: int, shards: Path, tmp_path: Path
+) -> None:
+    """Stopped at an unknown step k of a run too long to end; the state there is that of a straight run to k."""
+    changes: dict[str, dict[str, Any]] = {"checkpoint": {"every": 1_000_000, "keep": 2}}
+    run = make_run(shards, train={"steps": 1_000_000}, **changes)
+    recipe, out = write_recipe(run, tmp_path / "recipe.toml"), tmp_path / "run"
+    process = subprocess.Popen(
+        [*GDN, recipe, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        deadline = time.monotonic() + 30
+        while not (out / "metrics.jsonl").exists() or (out / "metrics.jsonl").read_text().count("\n") < 3:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.02)
+        process.send_signal(number)
+        stdout, stderr = process.communicate(timeout=30)
+    finally:
+        process.kill()
+    assert process.returncode == code, stderr
+    assert "stopped; the same command goes on from there" in stdout
+    assert "Traceback" not in stderr
+    (found,) = (out / "checkpoints").iterdir()
+    step = json.loads((found / "progress.json").read_text())["step"]
+    assert step >= 3
+    straight = make_run(shards, train={"steps": 1_000_000}, checkpoint={"every": step, "keep": 2})
+    straight_until(straight, tmp_path / "whole", step)
+    assert differences(saved(tmp_path / "whole", step), found) == []
+
+
+def straight_until(run: RunConfig, folder: Path, step: int) -> None:
+    """Run to `step` of a longer schedule, in one go."""
+    import gdn.train.loop as loop
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "learning_rate", stop_in(step, loop.learning_rate))
+        assert go(run, folder).progress.step == step
+
+
+def stop_in(step: int, original: Any) -> Any:
+    def learning_rate(now: int, *rest: Any) -> float:
+        if now == step - 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        value: float = original(now, *rest)
+        return value
+
+    return learning_rate
