@@ -1,4 +1,4 @@
-"""Runs `gdn train` in a child process again and again, killing it with SIGKILL at seeded moments: `killer.py RECIPE OUT SEED N`.
+"""Runs `gdn train` in a child process again and again, killing it at seeded moments: `killer.py RECIPE OUT SEED N`.
 
 A kill comes at the n-th sync of a file, most of which are inside a save, or at a random time. A run that ends all the same
 is kept as OUT-done-<i> and the next begins anew. Prints {"killed", "inside", "done"}: kills, those that left half a
