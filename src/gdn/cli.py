@@ -213,8 +213,9 @@ def _generate(args: argparse.Namespace) -> int:
     model = for_decoding(load_model(folder), _device(args.device))
     prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(args.prompt)
     eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
-    ids: list[int] = []
-    shown = ""
+    # Decoded behind the token before, because some tokenizers drop the space in front of a text's first word.
+    ids = prompt[-1:]
+    shown = tokenizer.decode(ids)
     for i, token in enumerate(generate(model, prompt, max_new_tokens=args.max_new_tokens, sampling=sampling, eos_ids=eos)):
         if i == 0:  # not before: notes on the machine come with the first forward pass, and go first
             print(args.prompt, end="", flush=True)
@@ -224,8 +225,9 @@ def _generate(args: argparse.Namespace) -> int:
         if not text.endswith("\ufffd"):
             print(text[len(shown) :], end="", flush=True)
             shown = text
-            if len(ids) > 64 and shown.endswith("\n"):
-                ids, shown = [], ""  # decoding starts anew, so that its cost does not grow with the text
+            if len(ids) > 64:  # start anew, so that the cost of decoding does not grow with the text
+                ids = ids[-1:]
+                shown = tokenizer.decode(ids)
     print(tokenizer.decode(ids)[len(shown) :])
     return 0
 
@@ -286,8 +288,8 @@ def _device(name: str) -> "torch.device":  # type: ignore[name-defined]  # noqa:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
         reason = str(error).splitlines()[0]
         raise GDNError(f"--device {name}: not usable here ({reason}); expected auto, cpu, cuda or mps") from None
     return device

@@ -29,7 +29,7 @@ def kill_and_compare(shards: Path, tmp_path: Path, steps: int, kills: int, seed:
     driver = [sys.executable, str(Path(__file__).with_name("killer.py")), recipe, str(out), str(seed), str(kills)]
     result = subprocess.run(driver, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    last = subprocess.run([*GDN, recipe, "--out", str(out)], env=ENVIRONMENT, capture_output=True, text=True)
+    last = subprocess.run([*GDN, recipe, "--out", str(out), "--device", "cpu"], env=ENVIRONMENT, capture_output=True, text=True)
     assert last.returncode == 0, last.stderr
     counts: dict[str, int] = json.loads(result.stdout)
     for folder in [out, *tmp_path.glob("run-done-*")]:
@@ -62,7 +62,11 @@ def test_signal_from_outside_leaves_a_checkpoint_to_go_on_from(
     run = make_run(shards, train={"steps": 1_000_000}, **changes)
     recipe, out = write_recipe(run, tmp_path / "recipe.toml"), tmp_path / "run"
     process = subprocess.Popen(
-        [*GDN, recipe, "--out", str(out)], env=ENVIRONMENT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [*GDN, recipe, "--out", str(out), "--device", "cpu"],
+        env=ENVIRONMENT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
     try:
         deadline = time.monotonic() + 30
