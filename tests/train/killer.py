@@ -1,6 +1,6 @@
 """Runs `gdn train` in a child process again and again, killing it at seeded moments: `killer.py RECIPE OUT SEED N`.
 
-A kill comes at the n-th sync of a file, most of which are inside a save, or at a random time. A run that ends all the same
+A kill comes at the n-th sync inside an unpublished checkpoint, or at a random time. A run that ends all the same
 is kept as OUT-done-<i> and the next begins anew. Prints {"killed", "inside", "done"}: kills, those that left half a
 checkpoint, finished runs. Every child is forked from this process, which has imported everything and computed nothing.
 """
@@ -20,8 +20,6 @@ import gdn.cli
 import gdn.files
 import gdn.train.loop
 
-FIRST_SAVE = 3  # the recipe's own file and folder come before
-
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -31,7 +29,7 @@ def kill_at_sync(number: int) -> None:
     sync, left = gdn.files._sync, [number]
 
     def counted(path: Path) -> None:
-        left[0] -= 1
+        left[0] -= "step-" in str(path) and ".partial-" in str(path)
         if not left[0]:
             die()
         sync(path)
@@ -59,7 +57,7 @@ def kill_after(seconds: float) -> None:
 def main(recipe: str, out: Path, seed: int, kills: int) -> None:
     rng, killed, inside, done = random.Random(seed), 0, 0, 0
     while killed < kills:
-        in_save, sync, seconds = killed == 1 or rng.random() < 0.4, rng.randrange(FIRST_SAVE, 25), rng.uniform(0, 0.2)
+        in_save, sync, seconds = killed == 1 or rng.random() < 0.4, rng.randrange(1, 25), rng.uniform(0, 0.2)
         child = os.fork()
         if not child:
             torch.set_num_threads(1)
