@@ -5,7 +5,6 @@ import logging
 import os
 import platform
 import shutil
-import statistics
 import sysconfig
 import time
 from collections.abc import Iterator
@@ -48,7 +47,7 @@ MERGES = 2048
 VOCAB_SIZE = 256 + 1 + MERGES  # bytes, <|endoftext|>, merges
 HELDOUT_FRACTION = 0.03
 MAX_BYTES = 64 << 20  # of --text that are read: more than minutes on two cores can use
-_CALIBRATION_STEPS = 12
+_CALIBRATION_STEPS, _CALIBRATION_SECONDS = 12, 4.0  # at least
 _STREAMS = 32  # of the final evaluation
 _SAMPLE_TOKENS = 96
 
@@ -190,12 +189,13 @@ def _recipe_for(options: Options, out: Path, shards: Path, vocab_size: int, cons
         loader, _ = open_data(run)
         model = build_model(run, torch.device("cpu"))
         optimizer = build_optimizer(model, run.optim)
-        times = []
-        for step in range(_CALIBRATION_STEPS):
-            started = time.monotonic()
+        times: list[float] = []
+        # The fastest step, because another program's burst in these seconds must not cut the whole run short.
+        while len(times) < _CALIBRATION_STEPS or sum(times) < _CALIBRATION_SECONDS * min(1.0, options.minutes):
+            step, started = len(times), time.monotonic()
             train_step(model, optimizer, list(loader.micro_batches(step)), 0.0, run)
             times.append(time.monotonic() - started)
-    steps = max(10, round(60 * options.minutes / statistics.median(times[2:])))
+    steps = max(10, round(60 * options.minutes / min(times)))
     run = recipe(str(shards), steps, vocab_size)
     write_text(path, toml.dump(run))
     return run
