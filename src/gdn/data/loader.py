@@ -10,8 +10,7 @@ from torch import Tensor
 from gdn.data.order import Order
 from gdn.data.shards import TokenShards
 from gdn.errors import ConfigError, DataError
-
-IGNORED = -100
+from gdn.ops.cross_entropy import IGNORED
 
 
 class Batch(NamedTuple):

@@ -6,9 +6,10 @@ import math
 import torch
 from torch import Tensor
 
-from gdn.data.loader import IGNORED, sequential_windows
+from gdn.data.loader import sequential_windows
 from gdn.data.shards import TokenShards
 from gdn.model.lm import GatedDeltaNetLM
+from gdn.ops.cross_entropy import IGNORED
 
 
 def heldout_loss(

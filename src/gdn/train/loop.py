@@ -15,13 +15,14 @@ from rich.console import Console
 from torch import Tensor
 
 from gdn import config as toml
-from gdn.data.loader import IGNORED, Batch, Loader
-from gdn.data.shards import HELDOUT, TRAIN, TokenShards
+from gdn.data.loader import Batch, Loader
+from gdn.data.shards import HELDOUT, TOKENIZER, TRAIN, TokenShards
 from gdn.data.tokenizer import load_tokenizer
 from gdn.errors import CheckpointError, RunError
 from gdn.eval.perplexity import heldout_loss
 from gdn.files import lock_folder, write_text
 from gdn.model.lm import GatedDeltaNetLM, init_weights
+from gdn.ops.cross_entropy import IGNORED
 from gdn.train import checkpoint
 from gdn.train.metrics import Display, Metrics
 from gdn.train.optim import build_optimizer, learning_rate
@@ -56,7 +57,7 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
         optimizer = build_optimizer(model, run.optim)
         progress = resume(run, folder, model, optimizer, fingerprint)
         write_text(folder / RECIPE, recipe)
-        tokenizer = load_tokenizer(loader.shards.folder / "tokenizer")
+        tokenizer = load_tokenizer(loader.shards.folder / TOKENIZER)
 
         def save(into: Path) -> None:
             write_state(into, model, optimizer, progress, recipe, fingerprint)
