@@ -1,6 +1,7 @@
 """The gated delta rule beside the plain PyTorch one of transformers (Qwen3-Next): time and peak memory in float32 on the CPU.
 
 python benchmarks/ops.py [--threads 2] [--repetitions 15] [--write]
+python benchmarks/ops.py --device cuda ...    is `ops_gpu`, with its options
 """
 
 import argparse
@@ -145,7 +146,13 @@ def show(shape: Shape, rows: dict[str, dict[str, float]]) -> None:
 
 
 def main() -> None:
+    if sys.argv[1:3] == ["--device", "cuda"]:
+        import ops_gpu
+
+        ops_gpu.main(sys.argv[3:])
+        return
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--device", choices=["cpu"], default="cpu", help="or cuda, as the first option")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repetitions", type=int, default=15, help="timed runs of each rule (default 15)")
     parser.add_argument("--write", action="store_true", help=f"write {RESULT.name}")

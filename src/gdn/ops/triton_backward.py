@@ -1,0 +1,230 @@
+"""GPU kernels of the rule's backward: the reverse recurrence over chunks, then every gradient chunk by chunk.
+
+The adjoint of the recurrence, not of the triangular inverse. In the terms of `triton_forward`, with D the gradient of the state
+after the chunk, and er = exp(gc_C - gc), per chunk:
+
+    dv = A^T (beta er k D + P^T do)
+    D' = exp(gc_C) D + q^T (scale exp(gc) do) - k^T (exp(gc) dv)
+    dq = scale exp(gc) do S^T + dP k                  dP = scale G * (do X^T) diag(beta)
+    e  = er X D^T + dP'^T q - Z'^T k                  dP', Z': dP and Z without beta
+    dk = beta e - exp(gc) dv S^T - Z k                Z = tril(G * (dv X^T), -1) diag(beta)
+    dbeta = k . e (over K)
+
+The diagonal of dP, where no decay enters, is kept apart: the gradient of g then sums only what carries a decay, and keeps its
+digits when that is strong. `_d_states` is the mirror of `_states`; `_gradients` reads S and D once.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn.ops.triton_configs import configuration
+from gdn.ops.triton_forward import Chunks, Intra, on_hopper, place, precision
+
+
+class Gradients(NamedTuple):
+    dq: Tensor
+    dk: Tensor
+    dv: Tensor
+    dg: Tensor  # float32, as dbeta
+    dbeta: Tensor
+    d_initial_state: Tensor | None  # float32
+
+
+def backward(
+    q: Tensor,
+    k: Tensor,
+    beta: Tensor,
+    scale: float,
+    intra: Intra,
+    X: Tensor,
+    states: Tensor,
+    do: Tensor,
+    d_final_state: Tensor | None,
+    chunks: Chunks,
+    *,
+    with_initial_state: bool,
+) -> Gradients:
+    """Gradients from those of o and, if not None, of the final state; all tensors contiguous."""
+    (B, T, H, K), (HV, V) = q.shape, X.shape[2:]
+    dv, d_states = torch.empty_like(X), torch.empty_like(states)
+    d_initial = X.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32) if with_initial_state else None
+    BK = min(K, 128)
+    dq, dk = (q.new_empty(B, T, HV, K) for _ in "qk")
+    dg, dbeta = (X.new_empty(K // BK, B, T, HV, dtype=torch.float32) for _ in "gb")
+    if on_hopper(X, chunks):
+        from gdn.ops.triton_hopper_gradients import run_gradients
+        from gdn.ops.triton_hopper_states import run_states
+
+        run_states(
+            q, k, do, intra.A, intra.P, intra.gates, dv, None, d_states, d_final_state, d_initial, scale, reverse=True
+        )  # fmt: skip
+        run_gradients(q, k, beta, intra.gc, X, states, do, dv, d_states, dq, dk, dg, dbeta, scale)
+    else:
+        config = configuration("d_states", q, V)
+        _d_states[(chunks.sequences * HV * (V // config.block),)](
+            q, k, intra.A, intra.P, intra.gates, do, d_final_state, dv, d_states, d_initial, chunks.cu_seqlens, chunks.first,
+            scale, T, chunks.per_row, H=H, HV=HV, K=K, V=V, BK=BK, BV=config.block, PRECISION=precision(X), **config.launch(),
+        )  # fmt: skip
+        config = configuration("gradients", q, V)
+        _gradients[(chunks.count * HV * (K // BK),)](
+            q, k, beta, intra.gc, X, states, do, dv, d_states, dq, dk, dg, dbeta, chunks.cu_seqlens, chunks.first,
+            chunks.sequence, scale, T, chunks.per_row, chunks.sequences, B * T * HV,
+            H=H, HV=HV, K=K, V=V, BK=BK, BV=config.block, PRECISION=precision(X), **config.launch(),
+        )  # fmt: skip
+    if HV > H:
+        dq, dk = (x.view(B, T, H, HV // H, K).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
+    return Gradients(dq, dk, dv, dg.sum(0), dbeta.sum(0), d_initial)
+
+
+@triton.jit
+def _d_states(
+    q, k, A, P, gates, do, d_final_state, dv, d_states, d_initial, cu_seqlens, first, scale, T, per_row,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    NV: tl.constexpr = V // BV
+    pid = tl.program_id(0)
+    n, hv = pid // (NV * HV), pid // NV % HV
+    if cu_seqlens is None:
+        begin, length, c0 = n.to(tl.int64) * T, T, n * per_row
+    else:
+        begin = tl.load(cu_seqlens + n).to(tl.int64)
+        length, c0 = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32), tl.load(first + n)
+    dtype = dv.dtype.element_ty
+    rows, columns = tl.arange(0, 64), tl.arange(0, BK)
+    values = pid % NV * BV + tl.arange(0, BV)
+    state_offsets = (n.to(tl.int64) * HV + hv) * K * V + values[:, None] + columns[None, :] * V
+    D0 = tl.zeros([BV, BK], tl.float32)
+    D1 = tl.zeros([BV, BK], tl.float32)
+    if d_final_state is not None:
+        D0 = tl.load(d_final_state + state_offsets).to(tl.float32)
+        if K > BK:
+            D1 = tl.load(d_final_state + state_offsets + BK * V).to(tl.float32)
+
+    count = tl.cdiv(length, 64)
+    for step in tl.range(0, count):
+        i = count - 1 - step
+        position = i * 64 + rows
+        token, valid = begin + position, position < length
+        keys = (token * H + hv // (HV // H))[:, None] * K + columns[None, :]
+        tile = ((c0 + i).to(tl.int64) * HV + hv) * 64
+        square = tile * 64 + rows[:, None] * 64 + rows[None, :]
+        own = (token * HV + hv)[None, :] * V + values[:, None]
+        k0 = tl.load(k + keys, mask=valid[:, None], other=0.0)
+        q0 = tl.load(q + keys, mask=valid[:, None], other=0.0)
+        do_ = tl.load(do + own, mask=valid[None, :], other=0.0)
+        saved = (c0 + i).to(tl.int64) * HV * K * V + hv * K * V + values[:, None] * K + columns[None, :]
+        tl.store(d_states + saved, D0.to(dtype))
+        if K > BK:
+            tl.store(d_states + saved + BK, D1.to(dtype))
+
+        # The gradient of what a token writes, [BV, 64]: from the state after the chunk and from the outputs in it.
+        d = tl.dot(D0.to(dtype), tl.trans(k0), input_precision=PRECISION)
+        if K > BK:
+            k1 = tl.load(k + keys + BK, mask=valid[:, None], other=0.0)
+            q1 = tl.load(q + keys + BK, mask=valid[:, None], other=0.0)
+            d = tl.dot(D1.to(dtype), tl.trans(k1), d, input_precision=PRECISION)
+        d *= tl.load(gates + tile * 2 + 64 + rows)[None, :]
+        d = tl.dot(do_, tl.load(P + square), d, input_precision=PRECISION)
+        dv_ = tl.dot(d.to(dtype), tl.load(A + square), input_precision=PRECISION)
+        tl.store(dv + own, dv_.to(dtype), mask=valid[None, :])
+
+        before = tl.load(gates + tile * 2 + rows)
+        over = tl.load(gates + tile * 2 + 63)
+        read = (do_.to(tl.float32) * (before * scale)[None, :]).to(dtype)
+        erased = (dv_ * -before[None, :]).to(dtype)
+        D0 = tl.dot(read, q0, D0 * over, input_precision=PRECISION)
+        D0 = tl.dot(erased, k0, D0, input_precision=PRECISION)
+        if K > BK:
+            D1 = tl.dot(read, q1, D1 * over, input_precision=PRECISION)
+            D1 = tl.dot(erased, k1, D1, input_precision=PRECISION)
+
+    if d_initial is not None:
+        tl.store(d_initial + state_offsets, D0)
+        if K > BK:
+            tl.store(d_initial + state_offsets + BK * V, D1)
+
+
+@triton.jit
+def _gradients(
+    q, k, beta, gc, X, states, do, dv, d_states, dq, dk, dg, dbeta,
+    cu_seqlens, first, sequence, scale, T, per_row, N, partial,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    NK: tl.constexpr = K // BK
+    pid = tl.program_id(0)
+    c, hv, kb = pid // (NK * HV), pid // NK % HV, pid % NK
+    begin, end = place(c, cu_seqlens, first, sequence, T, per_row, N)
+    if begin >= end:
+        return
+    dtype = dq.dtype.element_ty
+    rows, columns = tl.arange(0, 64), kb * BK + tl.arange(0, BK)
+    token = begin + rows
+    valid = token < end
+    tile = c.to(tl.int64) * HV + hv
+
+    do_X = tl.zeros([64, 64], tl.float32)  # do X^T and dv X^T, and their transposes as products of their own: transposing a
+    X_do = tl.zeros([64, 64], tl.float32)  # tensor-core result is compiled wrongly by Triton 3.4 to 3.7.0 on Hopper
+    dv_X = tl.zeros([64, 64], tl.float32)
+    X_dv = tl.zeros([64, 64], tl.float32)
+    read = tl.zeros([64, BK], tl.float32)  # do S^T
+    wrote = tl.zeros([64, BK], tl.float32)  # X D^T
+    erased = tl.zeros([64, BK], tl.float32)  # dv S^T
+    carried = tl.zeros([BV], tl.float32)  # <S, D>
+    for start in tl.range(0, V, BV):
+        values = start + tl.arange(0, BV)
+        own = (token * HV + hv)[:, None] * V + values[None, :]
+        X_ = tl.load(X + own, mask=valid[:, None], other=0.0)
+        do_ = tl.load(do + own, mask=valid[:, None], other=0.0)
+        dv_ = tl.load(dv + own, mask=valid[:, None], other=0.0)
+        saved = (tile * V + values[:, None]) * K + columns[None, :]
+        S, D = tl.load(states + saved), tl.load(d_states + saved)
+        do_X = tl.dot(do_, tl.trans(X_), do_X, input_precision=PRECISION)
+        X_do = tl.dot(X_, tl.trans(do_), X_do, input_precision=PRECISION)
+        dv_X = tl.dot(dv_, tl.trans(X_), dv_X, input_precision=PRECISION)
+        X_dv = tl.dot(X_, tl.trans(dv_), X_dv, input_precision=PRECISION)
+        read = tl.dot(do_, S, read, input_precision=PRECISION)
+        wrote = tl.dot(X_, D, wrote, input_precision=PRECISION)
+        erased = tl.dot(dv_, S, erased, input_precision=PRECISION)
+        carried += tl.sum(S.to(tl.float32) * D.to(tl.float32), 1)
+
+    keys = (token * H + hv // (HV // H))[:, None] * K + columns[None, :]
+    q_ = tl.load(q + keys, mask=valid[:, None], other=0.0)
+    k_ = tl.load(k + keys, mask=valid[:, None], other=0.0)
+    qf, kf = q_.to(tl.float32), k_.to(tl.float32)
+    gc_ = tl.load(gc + tile * 64 + rows)
+    gc_end = tl.load(gc + tile * 64 + 63)
+    beta_ = tl.load(beta + token * HV + hv, mask=valid, other=0.0).to(tl.float32)
+    i, j = rows[:, None], rows[None, :]
+    decay = tl.where(i > j, tl.exp(tl.minimum((gc_[:, None] - gc_[None, :]).to(tl.float32), 0.0)), 0.0)
+    decay_t = tl.where(i < j, tl.exp(tl.minimum((gc_[None, :] - gc_[:, None]).to(tl.float32), 0.0)), 0.0)
+    diagonal = tl.sum(tl.where(i == j, do_X, 0.0), 1) * scale
+
+    wrote *= tl.exp((gc_end - gc_).to(tl.float32))[:, None]
+    e_after = tl.sum(kf * wrote, 1)
+    within = tl.dot((X_do * decay_t * scale).to(dtype), q_, input_precision=PRECISION)
+    within = tl.dot((X_dv * -decay_t).to(dtype), k_, within, input_precision=PRECISION)
+    e_within = tl.sum(kf * within, 1)
+    before = tl.exp(gc_.to(tl.float32))
+    erased *= -before[:, None]
+    erased = tl.dot((dv_X * -decay * beta_[None, :]).to(dtype), k_, erased, input_precision=PRECISION)
+    read *= (before * scale)[:, None]
+    read = tl.dot((do_X * decay * (beta_ * scale)[None, :]).to(dtype), k_, read, input_precision=PRECISION)
+
+    # g_t decays what goes from tokens j < t, or from the state before, to tokens i >= t or to the state after.
+    d_gc = tl.sum(qf * read, 1) + tl.sum(kf * erased, 1) - beta_ * e_within
+    after = beta_ * e_after
+    dg_ = tl.sum(tl.where(j >= i, d_gc[None, :], after[None, :]), 1) + tl.exp(gc_end.to(tl.float32)) * tl.sum(carried, 0)
+    own_head = token * HV + hv
+    tl.store(dg + kb.to(tl.int64) * partial + own_head, dg_, mask=valid)
+    dbeta_ = e_after + e_within + diagonal * tl.sum(qf * kf, 1)
+    tl.store(dbeta + kb.to(tl.int64) * partial + own_head, dbeta_, mask=valid)
+    direct = (beta_ * diagonal)[:, None]
+    out = own_head[:, None] * K + columns[None, :]
+    tl.store(dq + out, (read + direct * kf).to(dtype), mask=valid[:, None])
+    tl.store(dk + out, (beta_[:, None] * (wrote + within) + erased + direct * qf).to(dtype), mask=valid[:, None])

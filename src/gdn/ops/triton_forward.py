@@ -1,0 +1,264 @@
+"""GPU kernels of the rule's forward: what is independent of the state chunk by chunk, then the recurrence over chunks.
+
+Per chunk of C = 64 tokens, with gc the running sum of g from the chunk's start, S the state before the chunk, X what each token
+writes before its write strength (`chunked` has the algebra, docs/derivation.md every step as code):
+
+    A = G * (I + tril(k k^T, -1) diag(beta))^-1    P = scale G * (q k^T) diag(beta)    G_ij = exp(gc_i - gc_j), i >= j
+    X = A (v - exp(gc) k S)        o = scale exp(gc) q S + P X        S' = exp(gc_C) S + k^T (beta exp(gc_C - gc) X)
+
+`_intra` makes A, P and the gate vectors for all chunks at once; `_states` carries S, transposed to [V, K]: its rows then are the
+rows of every product, S and X go from one product to the next in registers, and V splits over programs without a sum across them.
+Launchers only; autograd and checks are elsewhere. Sums of every output are in a fixed order: docs/numerics.md.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from gdn.ops.triton_configs import Config, configuration
+
+C = 64  # tokens a chunk: the M of one Hopper tensor-core instruction, and the grid that prefill splits keep bits on
+_MIN_G = -104.0  # exp of it is 0 in float32: smaller ones, -inf too, mean the same, and sums of them stay finite
+
+
+class Chunks(NamedTuple):
+    """Where each chunk of 64 tokens lies. A grid starts with each sequence: packed, a document has the bits it has alone."""
+
+    count: int  # chunks at most: grids and buffers have this size, whatever lies in cu_seqlens
+    per_row: int  # chunks a row of a batch; unused if packed
+    sequences: int
+    cu_seqlens: Tensor | None  # int32 [N + 1]
+    first: Tensor | None  # int32 [N + 1]: the number of each sequence's first chunk
+    sequence: Tensor | None  # int32 [count]: the sequence of each chunk, N for the unused ones at the end
+
+
+def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
+    """The layout; packed, made on the device without waiting for it."""
+    if cu_seqlens is None:
+        per_row = triton.cdiv(T, C)
+        return Chunks(B * per_row, per_row, B, None, None, None)
+    N = len(cu_seqlens) - 1
+    count = triton.cdiv(T, C) + N
+    first = torch.zeros_like(cu_seqlens)
+    torch.cumsum((cu_seqlens.diff() + (C - 1)) // C, 0, dtype=torch.int32, out=first[1:])
+    numbers = torch.arange(count, device=cu_seqlens.device, dtype=torch.int32)
+    sequence = torch.searchsorted(first[1:], numbers, right=True, out_int32=True)
+    return Chunks(count, 0, N, cu_seqlens, first, sequence)
+
+
+class Intra(NamedTuple):
+    """What does not depend on the state: A, P [chunks, HV, C, C] in v's dtype, and vectors of each token."""
+
+    A: Tensor
+    P: Tensor
+    gates: Tensor  # [chunks, HV, 2, C] float32: exp(gc) and beta * exp(gc_C - gc)
+    gc: Tensor  # [chunks, HV, C] float64, so that differences keep float32's digits after strong decay
+
+
+class Forward(NamedTuple):
+    o: Tensor  # [B, T, HV, V]
+    final_state: Tensor | None  # [N, HV, K, V] float32
+    X: Tensor | None  # [B, T, HV, V]: what each token writes, before beta
+    states: Tensor | None  # [chunks, HV, V, K]: the state before each chunk, in v's dtype
+    intra: Intra
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    g: Tensor,
+    beta: Tensor,
+    scale: float,
+    initial_state: Tensor | None,
+    chunks: Chunks,
+    *,
+    with_final_state: bool,
+    for_backward: bool,
+) -> Forward:
+    """All tensors contiguous, q, k, v of one dtype; shapes as in `gated_delta_rule`."""
+    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    intra = _run_intra(q, k, g, beta, scale, chunks)
+    o = torch.empty_like(v)
+    X = torch.empty_like(v) if for_backward else None
+    states = v.new_empty(chunks.count, HV, V, K) if for_backward else None
+    final_state = v.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32) if with_final_state else None
+    if on_hopper(v, chunks):
+        from gdn.ops.triton_hopper_states import run_states
+
+        run_states(
+            q, k, v, intra.A, intra.P, intra.gates, o, X, states, initial_state, final_state, scale, reverse=False
+        )  # fmt: skip
+        return Forward(o, final_state, X, states, intra)
+    config = configuration("states", q, V)
+    grid = (chunks.sequences * HV * (V // config.block),)
+    _states[grid](
+        q, k, v, intra.A, intra.P, intra.gates, initial_state, o, X, states, final_state, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
+        H=H, HV=HV, K=K, V=V, BK=min(K, 128), BV=config.block, PRECISION=precision(v),
+        **config.launch(),
+    )  # fmt: skip
+    return Forward(o, final_state, X, states, intra)
+
+
+def _run_intra(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, scale: float, chunks: Chunks) -> Intra:
+    (_, T, H, K), HV = q.shape, g.shape[2]
+    A, P = (q.new_empty(chunks.count, HV, C, C) for _ in "AP")
+    gates = q.new_empty(chunks.count, HV, 2, C, dtype=torch.float32)
+    gc = q.new_empty(chunks.count, HV, C, dtype=torch.float64)
+    config = configuration("intra", q, K)
+    _intra[(chunks.count * HV,)](
+        q, k, g, beta, A, P, gates, gc, chunks.cu_seqlens, chunks.first, chunks.sequence, scale, T, chunks.per_row,
+        chunks.sequences, H=H, HV=HV, K=K, BK=config.block, MIN_G=_MIN_G,
+        **config.launch(),
+    )  # fmt: skip
+    return Intra(A, P, gates, gc)
+
+
+def on_hopper(v: Tensor, chunks: Chunks) -> bool:
+    """Whether the kernels for Hopper serve: by device, dtype and size alone, so that a row's bits hang on nothing beside it."""
+    fits = v.dtype != torch.float32 and v.shape[-1] % 128 == 0 and chunks.cu_seqlens is None
+    return fits and v.is_cuda and torch.cuda.get_device_capability(v.device)[0] == 9
+
+
+def precision(x: Tensor) -> str:
+    """Of products of float32 tiles: what lies between 16-bit products may be tf32, float32 input is computed as such."""
+    return "ieee" if x.dtype == torch.float32 else "tf32"
+
+
+@triton.jit
+def place(c, cu_seqlens, first, sequence, T, per_row, N):
+    """Chunk c -> its first token and the end of its sequence in the flattened [B * T] tokens; equal if it is unused."""
+    if sequence is None:
+        start = (c // per_row).to(tl.int64) * T
+        begin, end = start + (c % per_row) * 64, start + T
+    else:
+        n = tl.load(sequence + c)
+        used = n < N
+        n = tl.where(used, n, 0)
+        begin = tl.load(cu_seqlens + n).to(tl.int64) + (c - tl.load(first + n)) * 64
+        end = tl.where(used, tl.load(cu_seqlens + n + 1).to(tl.int64), begin)
+    return begin, end
+
+
+@triton.jit
+def _intra(
+    q, k, g, beta, A, P, gates, gc, cu_seqlens, first, sequence, scale, T, per_row, N,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, MIN_G: tl.constexpr,
+):  # fmt: skip
+    c, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    begin, end = place(c, cu_seqlens, first, sequence, T, per_row, N)
+    if begin >= end:
+        return
+    rows = tl.arange(0, 64)
+    token = begin + rows
+    valid = token < end
+    i, j = rows[:, None], rows[None, :]
+
+    tile = (c.to(tl.int64) * HV + hv) * 64
+    square = tile * 64 + i * 64 + j
+    g_ = tl.load(g + token * HV + hv, mask=valid, other=0.0).to(tl.float32)
+    beta_ = tl.load(beta + token * HV + hv, mask=valid, other=0.0).to(tl.float32)
+    gc_ = tl.cumsum(tl.maximum(g_, MIN_G).to(tl.float64), 0)
+    gc_end = tl.sum(tl.where(rows == 63, gc_, 0.0), 0)
+    tl.store(gc + tile + rows, gc_)
+    tl.store(gates + tile * 2 + rows, tl.exp(gc_.to(tl.float32)))
+    tl.store(gates + tile * 2 + 64 + rows, beta_ * tl.exp((gc_end - gc_).to(tl.float32)))
+
+    kk = tl.zeros([64, 64], tl.float32)
+    qk = tl.zeros([64, 64], tl.float32)
+    for start in tl.range(0, K, BK):
+        columns = start + tl.arange(0, BK)
+        offsets = (token * H + hv // (HV // H))[:, None] * K + columns[None, :]
+        k_ = tl.load(k + offsets, mask=valid[:, None], other=0.0)
+        q_ = tl.load(q + offsets, mask=valid[:, None], other=0.0)
+        kk = tl.dot(k_, tl.trans(k_), kk, input_precision="ieee")
+        qk = tl.dot(q_, tl.trans(k_), qk, input_precision="ieee")
+    decay = tl.exp(tl.minimum((gc_[:, None] - gc_[None, :]).to(tl.float32), 0.0)) * beta_[None, :]
+    dtype = A.dtype.element_ty
+    tl.store(P + square, tl.where(i >= j, qk * decay * scale, 0.0).to(dtype))
+
+    # Inverse of I + lower by doubling: right on diagonal blocks of s tokens, then of 2 s. No powers of `lower` are formed, which
+    # repeated keys would let grow. Its entries are of order 1, so that float16 serves as well as tf32 between 16-bit products.
+    narrow = tl.float32 if dtype == tl.float32 else tl.float16
+    lower = tl.where(i > j, kk * decay, 0.0)
+    inverse = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, lower, 0.0)
+    for level in tl.static_range(1, 6):
+        s = 1 << level
+        between = tl.where((i // (2 * s) == j // (2 * s)) & (i // s != j // s), lower, 0.0).to(narrow)
+        half = tl.dot(inverse.to(narrow), between, input_precision="ieee")
+        inverse -= tl.dot(half.to(narrow), inverse.to(narrow), input_precision="ieee")
+    tl.store(A + square, inverse.to(dtype))
+
+
+@triton.jit
+def _states(
+    q, k, v, A, P, gates, initial_state, o, X, states, final_state, cu_seqlens, first, scale, T, per_row,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    NV: tl.constexpr = V // BV
+    pid = tl.program_id(0)
+    n, hv = pid // (NV * HV), pid // NV % HV
+    if cu_seqlens is None:
+        begin, length, c0 = n.to(tl.int64) * T, T, n * per_row
+    else:
+        begin = tl.load(cu_seqlens + n).to(tl.int64)
+        length, c0 = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32), tl.load(first + n)
+    dtype = v.dtype.element_ty
+    rows, columns = tl.arange(0, 64), tl.arange(0, BK)
+    values = pid % NV * BV + tl.arange(0, BV)
+    state_offsets = (n.to(tl.int64) * HV + hv) * K * V + values[:, None] + columns[None, :] * V  # of [K, V], read as [BV, BK]
+    S0 = tl.zeros([BV, BK], tl.float32)
+    S1 = tl.zeros([BV, BK], tl.float32)
+    if initial_state is not None:
+        S0 = tl.load(initial_state + state_offsets).to(tl.float32)
+        if K > BK:
+            S1 = tl.load(initial_state + state_offsets + BK * V).to(tl.float32)
+
+    for i in tl.range(0, tl.cdiv(length, 64)):
+        position = i * 64 + rows
+        token, valid = begin + position, position < length
+        keys = (token * H + hv // (HV // H))[:, None] * K + columns[None, :]
+        tile = ((c0 + i).to(tl.int64) * HV + hv) * 64
+        square = tile * 64 + rows[:, None] * 64 + rows[None, :]
+        own = (token * HV + hv)[None, :] * V + values[:, None]
+        k0 = tl.load(k + keys, mask=valid[:, None], other=0.0)
+        q0 = tl.load(q + keys, mask=valid[:, None], other=0.0)
+        if states is not None:
+            saved = (c0 + i).to(tl.int64) * HV * K * V + hv * K * V + values[:, None] * K + columns[None, :]
+            tl.store(states + saved, S0.to(dtype))
+            if K > BK:
+                tl.store(states + saved + BK, S1.to(dtype))
+        before = tl.load(gates + tile * 2 + rows)
+
+        # U and the outputs' share of the state before the chunk, both [BV, 64]
+        narrow = S0.to(dtype)
+        U = tl.dot(narrow, tl.trans(k0), input_precision=PRECISION)
+        o_ = tl.dot(narrow, tl.trans(q0), input_precision=PRECISION)
+        if K > BK:
+            k1 = tl.load(k + keys + BK, mask=valid[:, None], other=0.0)
+            q1 = tl.load(q + keys + BK, mask=valid[:, None], other=0.0)
+            narrow = S1.to(dtype)
+            U = tl.dot(narrow, tl.trans(k1), U, input_precision=PRECISION)
+            o_ = tl.dot(narrow, tl.trans(q1), o_, input_precision=PRECISION)
+        v_ = tl.load(v + own, mask=valid[None, :], other=0.0).to(tl.float32)
+        X_ = tl.dot((v_ - before[None, :] * U).to(dtype), tl.trans(tl.load(A + square)), input_precision=PRECISION)
+        if X is not None:
+            tl.store(X + own, X_.to(dtype), mask=valid[None, :])
+        o_ = tl.dot(
+            X_.to(dtype), tl.trans(tl.load(P + square)), o_ * (before * scale)[None, :], input_precision=PRECISION
+        )
+        tl.store(o + own, o_.to(dtype), mask=valid[None, :])
+        over = tl.load(gates + tile * 2 + 63)
+        wrote = (X_ * tl.load(gates + tile * 2 + 64 + rows)[None, :]).to(dtype)
+        S0 = tl.dot(wrote, k0, S0 * over, input_precision=PRECISION)
+        if K > BK:
+            S1 = tl.dot(wrote, k1, S1 * over, input_precision=PRECISION)
+
+    if final_state is not None:
+        tl.store(final_state + state_offsets, S0)
+        if K > BK:
+            tl.store(final_state + state_offsets + BK * V, S1)
