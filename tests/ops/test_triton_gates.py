@@ -72,15 +72,15 @@ def test_values_and_gradients(shape: tuple[int, int, int], double: bool, dtype: 
         assert relative_error(got[name], exact[name]) <= (TOLERANCE | {torch.float16: 2e-3})[got[name].dtype], name
 
 
-def test_each_small_decay_has_all_its_digits() -> None:
-    """softplus of -16 is 1e-7: log(1 + that) would have none left."""
+def test_small_values_have_all_their_digits() -> None:
+    """softplus of -16 is 1e-7: log(1 + that) would have hardly any left, as 1 - sigmoid(15) would."""
     inputs = gate_inputs(1, 40, 1, torch.float32)
     inputs["proj"][0, :, COLUMN_A] = torch.linspace(-30, -3, 40)
-    inputs["proj"][0, :, COLUMN_B] = torch.linspace(-30, 30, 40)
+    inputs["proj"][0, :, COLUMN_B] = torch.linspace(-15, 15, 40)
     inputs |= {"A_log": torch.zeros(1, device=DEVICE), "dt_bias": torch.zeros(1, device=DEVICE)}
     got, exact = run(inputs), wanted(inputs, False)
     for name in ("g", "beta", "da", "db"):
-        assert float(((got[name] - exact[name]) / exact[name]).abs().max()) < 2e-6, name
+        assert float(((got[name] - exact[name]) / exact[name]).detach().abs().max()) < 2e-6, name
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

@@ -37,7 +37,6 @@ class Gradients(NamedTuple):
 def backward(
     q: Tensor,
     k: Tensor,
-    beta: Tensor,
     scale: float,
     intra: Intra,
     X: Tensor,
@@ -54,24 +53,28 @@ def backward(
     d_initial = X.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32) if with_initial_state else None
     BK = min(K, 128)
     dq, dk = (q.new_empty(B, T, HV, K) for _ in "qk")
-    dg, dbeta = (X.new_empty(K // BK, B, T, HV, dtype=torch.float32) for _ in "gb")
     if on_hopper(X, chunks):
-        from gdn.ops.triton_hopper_gradients import run_gradients
         from gdn.ops.triton_hopper_states import run_states
 
         run_states(
             q, k, do, intra.A, intra.P, intra.gates, dv, None, d_states, d_final_state, d_initial, scale, reverse=True
         )  # fmt: skip
-        run_gradients(q, k, beta, intra.gc, X, states, do, dv, d_states, dq, dk, dg, dbeta, scale)
     else:
         config = configuration("d_states", q, V)
         _d_states[(chunks.sequences * HV * (V // config.block),)](
             q, k, intra.A, intra.P, intra.gates, do, d_final_state, dv, d_states, d_initial, chunks.cu_seqlens, chunks.first,
             scale, T, chunks.per_row, H=H, HV=HV, K=K, V=V, BK=BK, BV=config.block, PRECISION=precision(X), **config.launch(),
         )  # fmt: skip
+    if on_hopper(X, chunks) and K >= 128:
+        from gdn.ops.triton_hopper_gradients import run_gradients
+
+        dg, dbeta = (X.new_empty(K // 64, B, T, HV, dtype=torch.float32) for _ in "gb")
+        run_gradients(q, k, intra.gates, X, states, do, dv, d_states, dq, dk, dg, dbeta, scale)
+    else:
+        dg, dbeta = (X.new_empty(K // BK, B, T, HV, dtype=torch.float32) for _ in "gb")
         config = configuration("gradients", q, V)
         _gradients[(chunks.count * HV * (K // BK),)](
-            q, k, beta, intra.gc, X, states, do, dv, d_states, dq, dk, dg, dbeta, chunks.cu_seqlens, chunks.first,
+            q, k, intra.gates, X, states, do, dv, d_states, dq, dk, dg, dbeta, chunks.cu_seqlens, chunks.first,
             chunks.sequence, scale, T, chunks.per_row, chunks.sequences, B * T * HV,
             H=H, HV=HV, K=K, V=V, BK=BK, BV=config.block, PRECISION=precision(X), **config.launch(),
         )  # fmt: skip
@@ -128,13 +131,13 @@ def _d_states(
             k1 = tl.load(k + keys + BK, mask=valid[:, None], other=0.0)
             q1 = tl.load(q + keys + BK, mask=valid[:, None], other=0.0)
             d = tl.dot(D1.to(dtype), tl.trans(k1), d, input_precision=PRECISION)
-        d *= tl.load(gates + tile * 2 + 64 + rows)[None, :]
+        d *= tl.load(gates + tile * 5 + 64 + rows)[None, :]
         d = tl.dot(do_, tl.load(P + square), d, input_precision=PRECISION)
         dv_ = tl.dot(d.to(dtype), tl.load(A + square), input_precision=PRECISION)
         tl.store(dv + own, dv_.to(dtype), mask=valid[None, :])
 
-        before = tl.load(gates + tile * 2 + rows)
-        over = tl.load(gates + tile * 2 + 63)
+        before = tl.load(gates + tile * 5 + rows)
+        over = tl.load(gates + tile * 5 + 63)
         read = (do_.to(tl.float32) * (before * scale)[None, :]).to(dtype)
         erased = (dv_ * -before[None, :]).to(dtype)
         D0 = tl.dot(read, q0, D0 * over, input_precision=PRECISION)
@@ -151,7 +154,7 @@ def _d_states(
 
 @triton.jit
 def _gradients(
-    q, k, beta, gc, X, states, do, dv, d_states, dq, dk, dg, dbeta,
+    q, k, gates, X, states, do, dv, d_states, dq, dk, dg, dbeta,
     cu_seqlens, first, sequence, scale, T, per_row, N, partial,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -197,34 +200,36 @@ def _gradients(
     q_ = tl.load(q + keys, mask=valid[:, None], other=0.0)
     k_ = tl.load(k + keys, mask=valid[:, None], other=0.0)
     qf, kf = q_.to(tl.float32), k_.to(tl.float32)
-    gc_ = tl.load(gc + tile * 64 + rows)
-    gc_end = tl.load(gc + tile * 64 + 63)
-    beta_ = tl.load(beta + token * HV + hv, mask=valid, other=0.0).to(tl.float32)
+    vector = gates + tile * 320 + rows
+    before, high, low = tl.load(vector), tl.load(vector + 128), tl.load(vector + 192)
+    over = tl.load(gates + tile * 320 + 63)
+    to_end = (tl.load(gates + tile * 320 + 191) - high) + (tl.load(gates + tile * 320 + 255) - low)
+    beta = tl.load(vector + 256)
     i, j = rows[:, None], rows[None, :]
-    decay = tl.where(i > j, tl.exp(tl.minimum((gc_[:, None] - gc_[None, :]).to(tl.float32), 0.0)), 0.0)
-    decay_t = tl.where(i < j, tl.exp(tl.minimum((gc_[None, :] - gc_[:, None]).to(tl.float32), 0.0)), 0.0)
+    difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    decay = tl.where(i > j, tl.exp(tl.minimum(difference, 0.0)), 0.0)
+    decay_t = tl.where(i < j, tl.exp(tl.minimum(-difference, 0.0)), 0.0)
     diagonal = tl.sum(tl.where(i == j, do_X, 0.0), 1) * scale
 
-    wrote *= tl.exp((gc_end - gc_).to(tl.float32))[:, None]
+    wrote *= tl.exp(to_end)[:, None]
     e_after = tl.sum(kf * wrote, 1)
     within = tl.dot((X_do * decay_t * scale).to(dtype), q_, input_precision=PRECISION)
     within = tl.dot((X_dv * -decay_t).to(dtype), k_, within, input_precision=PRECISION)
     e_within = tl.sum(kf * within, 1)
-    before = tl.exp(gc_.to(tl.float32))
     erased *= -before[:, None]
-    erased = tl.dot((dv_X * -decay * beta_[None, :]).to(dtype), k_, erased, input_precision=PRECISION)
+    erased = tl.dot((dv_X * -decay * beta[None, :]).to(dtype), k_, erased, input_precision=PRECISION)
     read *= (before * scale)[:, None]
-    read = tl.dot((do_X * decay * (beta_ * scale)[None, :]).to(dtype), k_, read, input_precision=PRECISION)
+    read = tl.dot((do_X * decay * (beta * scale)[None, :]).to(dtype), k_, read, input_precision=PRECISION)
 
     # g_t decays what goes from tokens j < t, or from the state before, to tokens i >= t or to the state after.
-    d_gc = tl.sum(qf * read, 1) + tl.sum(kf * erased, 1) - beta_ * e_within
-    after = beta_ * e_after
-    dg_ = tl.sum(tl.where(j >= i, d_gc[None, :], after[None, :]), 1) + tl.exp(gc_end.to(tl.float32)) * tl.sum(carried, 0)
+    d_gc = tl.sum(qf * read, 1) + tl.sum(kf * erased, 1) - beta * e_within
+    after = beta * e_after
+    dg_ = tl.sum(tl.where(j >= i, d_gc[None, :], after[None, :]), 1) + over * tl.sum(carried, 0)
     own_head = token * HV + hv
     tl.store(dg + kb.to(tl.int64) * partial + own_head, dg_, mask=valid)
     dbeta_ = e_after + e_within + diagonal * tl.sum(qf * kf, 1)
     tl.store(dbeta + kb.to(tl.int64) * partial + own_head, dbeta_, mask=valid)
-    direct = (beta_ * diagonal)[:, None]
+    direct = (beta * diagonal)[:, None]
     out = own_head[:, None] * K + columns[None, :]
     tl.store(dq + out, (read + direct * kf).to(dtype), mask=valid[:, None])
-    tl.store(dk + out, (beta_[:, None] * (wrote + within) + erased + direct * qf).to(dtype), mask=valid[:, None])
+    tl.store(dk + out, (beta[:, None] * (wrote + within) + erased + direct * qf).to(dtype), mask=valid[:, None])

@@ -18,7 +18,7 @@ class Config(NamedTuple):
 
 def configuration(kernel: str, x: Tensor, size: int) -> Config:
     if kernel == "intra":
-        return Config(min(size, 128), 4, 1)
+        return Config(64, 4, 3)
     if kernel in ("states", "d_states"):
         return Config(32 if size % 64 else 64, 4, 1)
     if kernel == "gradients":

@@ -54,8 +54,8 @@ class Intra(NamedTuple):
 
     A: Tensor
     P: Tensor
-    gates: Tensor  # [chunks, HV, 2, C] float32: exp(gc) and beta * exp(gc_C - gc)
-    gc: Tensor  # [chunks, HV, C] float64, so that differences keep float32's digits after strong decay
+    gates: Tensor  # [chunks, HV, 5, C] float32: exp(gc); beta * exp(gc_C - gc); gc as a sum of two, which keeps the digits of
+    # differences after strong decay; beta
 
 
 class Forward(NamedTuple):
@@ -106,15 +106,14 @@ def forward(
 def _run_intra(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, scale: float, chunks: Chunks) -> Intra:
     (_, T, H, K), HV = q.shape, g.shape[2]
     A, P = (q.new_empty(chunks.count, HV, C, C) for _ in "AP")
-    gates = q.new_empty(chunks.count, HV, 2, C, dtype=torch.float32)
-    gc = q.new_empty(chunks.count, HV, C, dtype=torch.float64)
+    gates = q.new_empty(chunks.count, HV, 5, C, dtype=torch.float32)
     config = configuration("intra", q, K)
     _intra[(chunks.count * HV,)](
-        q, k, g, beta, A, P, gates, gc, chunks.cu_seqlens, chunks.first, chunks.sequence, scale, T, chunks.per_row,
+        q, k, g, beta, A, P, gates, chunks.cu_seqlens, chunks.first, chunks.sequence, scale, T, chunks.per_row,
         chunks.sequences, H=H, HV=HV, K=K, BK=config.block, MIN_G=_MIN_G,
         **config.launch(),
     )  # fmt: skip
-    return Intra(A, P, gates, gc)
+    return Intra(A, P, gates)
 
 
 def on_hopper(v: Tensor, chunks: Chunks) -> bool:
@@ -145,7 +144,7 @@ def place(c, cu_seqlens, first, sequence, T, per_row, N):
 
 @triton.jit
 def _intra(
-    q, k, g, beta, A, P, gates, gc, cu_seqlens, first, sequence, scale, T, per_row, N,
+    q, k, g, beta, A, P, gates, cu_seqlens, first, sequence, scale, T, per_row, N,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, MIN_G: tl.constexpr,
 ):  # fmt: skip
     c, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
@@ -161,12 +160,6 @@ def _intra(
     square = tile * 64 + i * 64 + j
     g_ = tl.load(g + token * HV + hv, mask=valid, other=0.0).to(tl.float32)
     beta_ = tl.load(beta + token * HV + hv, mask=valid, other=0.0).to(tl.float32)
-    gc_ = tl.cumsum(tl.maximum(g_, MIN_G).to(tl.float64), 0)
-    gc_end = tl.sum(tl.where(rows == 63, gc_, 0.0), 0)
-    tl.store(gc + tile + rows, gc_)
-    tl.store(gates + tile * 2 + rows, tl.exp(gc_.to(tl.float32)))
-    tl.store(gates + tile * 2 + 64 + rows, beta_ * tl.exp((gc_end - gc_).to(tl.float32)))
-
     kk = tl.zeros([64, 64], tl.float32)
     qk = tl.zeros([64, 64], tl.float32)
     for start in tl.range(0, K, BK):
@@ -176,7 +169,20 @@ def _intra(
         q_ = tl.load(q + offsets, mask=valid[:, None], other=0.0)
         kk = tl.dot(k_, tl.trans(k_), kk, input_precision="ieee")
         qk = tl.dot(q_, tl.trans(k_), qk, input_precision="ieee")
-    decay = tl.exp(tl.minimum((gc_[:, None] - gc_[None, :]).to(tl.float32), 0.0)) * beta_[None, :]
+
+    gc = tl.cumsum(tl.maximum(g_, MIN_G).to(tl.float64), 0)
+    high = gc.to(tl.float32)
+    low = (gc - high.to(tl.float64)).to(tl.float32)
+    last = rows == 63
+    to_end = (tl.sum(tl.where(last, high, 0.0), 0) - high) + (tl.sum(tl.where(last, low, 0.0), 0) - low)
+    vector = gates + tile * 5 + rows
+    tl.store(vector, tl.exp(high))
+    tl.store(vector + 64, beta_ * tl.exp(to_end))
+    tl.store(vector + 128, high)
+    tl.store(vector + 192, low)
+    tl.store(vector + 256, beta_)
+    difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
+    decay = tl.exp(tl.minimum(difference, 0.0)) * beta_[None, :]
     dtype = A.dtype.element_ty
     tl.store(P + square, tl.where(i >= j, qk * decay * scale, 0.0).to(dtype))
 
@@ -232,7 +238,7 @@ def _states(
             tl.store(states + saved, S0.to(dtype))
             if K > BK:
                 tl.store(states + saved + BK, S1.to(dtype))
-        before = tl.load(gates + tile * 2 + rows)
+        before = tl.load(gates + tile * 5 + rows)
 
         # U and the outputs' share of the state before the chunk, both [BV, 64]
         narrow = S0.to(dtype)
@@ -252,8 +258,8 @@ def _states(
             X_.to(dtype), tl.trans(tl.load(P + square)), o_ * (before * scale)[None, :], input_precision=PRECISION
         )
         tl.store(o + own, o_.to(dtype), mask=valid[None, :])
-        over = tl.load(gates + tile * 2 + 63)
-        wrote = (X_ * tl.load(gates + tile * 2 + 64 + rows)[None, :]).to(dtype)
+        over = tl.load(gates + tile * 5 + 63)
+        wrote = (X_ * tl.load(gates + tile * 5 + 64 + rows)[None, :]).to(dtype)
         S0 = tl.dot(wrote, k0, S0 * over, input_precision=PRECISION)
         if K > BK:
             S1 = tl.dot(wrote, k1, S1 * over, input_precision=PRECISION)

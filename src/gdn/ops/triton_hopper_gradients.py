@@ -1,7 +1,8 @@
 """The rule's gradients chunk by chunk on Hopper: `triton_backward._gradients` with asynchronous copies and tensor cores.
 
-One program an SM walks over its tiles; a warp of its own keeps three blocks of the next inputs on their way from memory while
-eight warps compute. Same algebra and names as in `triton_backward`; a tile is one chunk, one head and BK columns of the keys.
+A tile is one chunk, one head and 128 columns of the keys. One program an SM walks over its tiles: two groups of four warps take 64
+columns each and never wait for each other; a single further warp keeps three blocks of the next inputs on their way from memory.
+Same algebra and names as in `triton_backward`.
 """
 
 import torch
@@ -16,17 +17,20 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gdn.ops.triton_hopper_states import rows, tokens
+from gdn.ops.triton_hopper_states import rows, tokens, vectors
 
-BV = gl.constexpr(64)  # values a block
-RING = gl.constexpr(3)  # blocks in flight
+RING = gl.constexpr(3)  # blocks of 64 values in flight
+_SQUARE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # every result is [64 tokens, 64]
+_OPERAND = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]), 2))
+_ROW = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])))
+_COLUMN = gl.constexpr(gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])))
+_PLAIN = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
 
 
 def run_gradients(
     q: Tensor,
     k: Tensor,
-    beta: Tensor,
-    gc: Tensor,
+    gates: Tensor,
     X: Tensor,
     states: Tensor,
     do: Tensor,
@@ -38,21 +42,21 @@ def run_gradients(
     dbeta: Tensor,
     scale: float,
 ) -> None:
-    """As `triton_backward._gradients`; dq, dk [B, T, HV, K], dg, dbeta [K / BK, B, T, HV]."""
+    """As `triton_backward._gradients`; K a multiple of 128; dq, dk [B, T, HV, K], dg, dbeta partial sums [K / 64, B, T, HV]."""
     (B, T, H, K), (HV, V) = q.shape, X.shape[2:]
-    BK, per_row = min(K, 128), -(-T // 64)
-    tiles = B * per_row * HV * (K // BK)
+    per_row = -(-T // 64)
+    tiles = B * per_row * HV * (K // 128)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     _gradients[(min(programs, tiles),)](
-        tokens(q, BK), tokens(k, BK), tokens(X, 64), tokens(do, 64), tokens(dv, 64), rows(states, BK), rows(d_states, BK),
-        tokens(dq, BK), tokens(dk, BK), beta, gc, dg, dbeta, scale, tiles, T, per_row, B * T * HV,
-        H=H, HV=HV, K=K, V=V, BK=BK, num_warps=8, maxnreg=168,
+        tokens(q, 64), tokens(k, 64), tokens(X, 64), tokens(do, 64), tokens(dv, 64), rows(states, 64), rows(d_states, 64),
+        vectors(gates), tokens(dq, 64), tokens(dk, 64), gates, dg, dbeta, scale, tiles, T, per_row, B * T * HV,
+        H=H, HV=HV, K=K, V=V, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
 
 @gluon.jit
 def _tile(t, per_row, HV: gl.constexpr, NK: gl.constexpr):
-    """Number of a tile -> its row of the batch, its first token there, value head, block of key columns, chunk and head in one."""
+    """Number of a tile -> its row of the batch, first token there, value head, block of key columns, and chunk and head in one."""
     kb = t % NK
     chunk = t // NK // HV
     hv = t // NK % HV
@@ -61,75 +65,80 @@ def _tile(t, per_row, HV: gl.constexpr, NK: gl.constexpr):
 
 @gluon.jit
 def _load(
-    inputs, blocks, keys, bars, tiles, per_row,
-    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr,
+    q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, blocks, keys, bars, tiles, per_row,
+    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
-    q_in, k_in, X_in, do_in, dv_in, S_in, D_in = inputs
     X, do, dv, S, D = blocks
-    q, k = keys
+    q, k, gates = keys
     full, empty, keys_full, keys_empty = bars
     n = 0
     visit = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, start, hv, kb, tile = _tile(t, per_row, HV, K // BK)
-        for vb in range(V // BV):
+        b, start, hv, kb, tile = _tile(t, per_row, HV, K // 128)
+        for vb in range(V // 64):
             slot = n % RING
             mbarrier.wait(empty.index(slot), (n // RING & 1) ^ 1)
             bar = full.index(slot)
-            mbarrier.expect(bar, 3 * X_in.block_type.nbytes + 2 * S_in.block_type.nbytes)
-            column = hv * V + vb * BV
+            mbarrier.expect(bar, 3 * X_in.block_type.nbytes + 4 * S_in.block_type.nbytes)
+            column = hv * V + vb * 64
             tma.async_copy_global_to_shared(X_in, [b, start, column], bar, X.index(slot))
-            tma.async_copy_global_to_shared(D_in, [tile * V + vb * BV, kb * BK], bar, D.index(slot))
+            for group in gl.static_range(2):
+                place = [tile * V + vb * 64, kb * 128 + group * 64]
+                tma.async_copy_global_to_shared(D_in, place, bar, D.index(slot * 2 + group))
             tma.async_copy_global_to_shared(do_in, [b, start, column], bar, do.index(slot))
-            tma.async_copy_global_to_shared(S_in, [tile * V + vb * BV, kb * BK], bar, S.index(slot))
+            for group in gl.static_range(2):
+                place = [tile * V + vb * 64, kb * 128 + group * 64]
+                tma.async_copy_global_to_shared(S_in, place, bar, S.index(slot * 2 + group))
             tma.async_copy_global_to_shared(dv_in, [b, start, column], bar, dv.index(slot))
             n += 1
         mbarrier.wait(keys_empty, (visit & 1) ^ 1)
-        mbarrier.expect(keys_full, 2 * q_in.block_type.nbytes)
-        column = hv // (HV // H) * K + kb * BK
-        tma.async_copy_global_to_shared(k_in, [b, start, column], keys_full, k)
-        tma.async_copy_global_to_shared(q_in, [b, start, column], keys_full, q)
+        mbarrier.expect(keys_full, 4 * q_in.block_type.nbytes + 5 * gates_in.block_type.nbytes)
+        for part in gl.static_range(5):
+            tma.async_copy_global_to_shared(gates_in, [tile * 5 + part, 0], keys_full, gates.index(part))
+        for group in gl.static_range(2):
+            column = hv // (HV // H) * K + kb * 128 + group * 64
+            tma.async_copy_global_to_shared(q_in, [b, start, column], keys_full, q.index(group))
+            tma.async_copy_global_to_shared(k_in, [b, start, column], keys_full, k.index(group))
         visit += 1
 
 
 @gluon.jit
 def _compute(
-    outputs, blocks, keys, pairs, bars, beta, gc, dg, dbeta, scale, tiles, T, per_row, partial,
-    HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr,
+    dq_out, dk_out, blocks, keys, pairs, bars, gates_pointer, dg, dbeta, scale, tiles, T, per_row, partial,
+    HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
-    dq_out, dk_out = outputs
     X, do, dv, S, D = blocks
-    q, k = keys
-    first, second = pairs
+    q, k, gates = keys
     full, empty, keys_full, keys_empty = bars
-    dtype: gl.constexpr = first.dtype
-    wide: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, BK // 2, 16])
-    square: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 2], [16, 32, 16])
-    plain: gl.constexpr = gl.BlockedLayout([1, 8], [2, 16], [8, 1], [1, 0])
-    q_, k_ = q.reshape([64, BK]), k.reshape([64, BK])
+    dtype: gl.constexpr = pairs.dtype
+    q_, k_ = q.index(GROUP).reshape([64, 64]), k.index(GROUP).reshape([64, 64])
+    i, j = gl.arange(0, 64, _ROW), gl.arange(0, 64, _COLUMN)
+    zeros = gl.zeros([64, 64], gl.float32, _SQUARE)
     n = 0
     visit = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
-        b, start, hv, kb, tile = _tile(t, per_row, HV, K // BK)
-        do_X = gl.zeros([64, 64], gl.float32, square)
-        dv_X = gl.zeros([64, 64], gl.float32, square)
-        read = gl.zeros([64, BK], gl.float32, wide)
-        wrote = gl.zeros([64, BK], gl.float32, wide)
-        erased = gl.zeros([64, BK], gl.float32, wide)
-        product = gl.zeros([BV, BK], gl.float32, plain)
-        for vb in range(V // BV):
+        b, start, hv, kb, tile = _tile(t, per_row, HV, K // 128)
+        ends = gates_pointer + tile.to(gl.int64) * 320
+        over, high_end, low_end = gl.load(ends + 63), gl.load(ends + 191), gl.load(ends + 255)
+        do_X = zeros
+        dv_X = zeros
+        read = zeros
+        wrote = zeros
+        erased = zeros
+        carried = gl.zeros([64], gl.float32, gl.SliceLayout(1, _PLAIN))
+        for vb in range(V // 64):
             slot = n % RING
             mbarrier.wait(full.index(slot), n // RING & 1)
-            X_ = X.index(slot).reshape([64, BV])
-            do_ = do.index(slot).reshape([64, BV])
-            dv_ = dv.index(slot).reshape([64, BV])
-            S_, D_ = S.index(slot), D.index(slot)
+            X_ = X.index(slot).reshape([64, 64])
+            do_ = do.index(slot).reshape([64, 64])
+            dv_ = dv.index(slot).reshape([64, 64])
+            S_, D_ = S.index(slot * 2 + GROUP), D.index(slot * 2 + GROUP)
             wrote = warpgroup_mma(X_, D_, wrote, is_async=True)
             read = warpgroup_mma(do_, S_, read, is_async=True)
             erased = warpgroup_mma(dv_, S_, erased, is_async=True)
             do_X = warpgroup_mma(do_, X_.permute((1, 0)), do_X, is_async=True)
             dv_X = warpgroup_mma(dv_, X_.permute((1, 0)), dv_X, is_async=True)
-            product += S_.load(plain).to(gl.float32) * D_.load(plain).to(gl.float32)
+            carried += gl.sum(S_.load(_PLAIN).to(gl.float32) * D_.load(_PLAIN).to(gl.float32), 1)
             wrote, read, erased, do_X, dv_X = warpgroup_mma_wait(0, deps=[wrote, read, erased, do_X, dv_X])
             fence_async_shared()
             gl.thread_barrier()
@@ -139,110 +148,102 @@ def _compute(
                 gl.thread_barrier()
                 mbarrier.arrive(keys_empty, count=1, pred=visit > 0)
             n += 1
-        carried = gl.sum(gl.sum(product, 1), 0)
 
-        i = gl.arange(0, 64, gl.SliceLayout(1, square))
-        j = gl.arange(0, 64, gl.SliceLayout(0, square))
-        gc_i, gc_j = gl.load(gc + tile * 64 + i), gl.load(gc + tile * 64 + j)
-        row = gl.arange(0, 64, gl.SliceLayout(1, wide))
-        gc_row = gl.load(gc + tile * 64 + row)
-        gc_end = gl.load(gc + tile * 64 + 63)
-        own = (b.to(gl.int64) * T + start) * HV + hv
-        beta_row = gl.load(beta + own + row * HV, mask=start + row < T, other=0.0).to(gl.float32)
-        beta_j = gl.load(beta + own + j * HV, mask=start + j < T, other=0.0).to(gl.float32)
+        mbarrier.wait(keys_full, visit & 1)
+        high_i, high_j = gates.index(2).reshape([64]).load(_ROW), gates.index(2).reshape([64]).load(_COLUMN)
+        low_i, low_j = gates.index(3).reshape([64]).load(_ROW), gates.index(3).reshape([64]).load(_COLUMN)
         lower = i[:, None] > j[None, :]
-        decay = gl.where(lower, gl.exp(gl.minimum((gc_i[:, None] - gc_j[None, :]).to(gl.float32), 0.0)), 0.0)
+        difference = (high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :])
+        decay = gl.where(lower, gl.exp(gl.minimum(difference, 0.0)), 0.0)
         diagonal = gl.sum(gl.where(i[:, None] == j[None, :], do_X, 0.0), 1) * scale
-        diagonal = gl.convert_layout(diagonal, gl.SliceLayout(1, wide))
         do_X *= decay * scale
         dv_X *= -decay
-        first.store(do_X.to(dtype))
-        second.store(dv_X.to(dtype))
+        pairs.store(do_X.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
-        mbarrier.wait(keys_full, visit & 1)
-        within = warpgroup_mma(first.permute((1, 0)), q_, gl.zeros([64, BK], gl.float32, wide), is_async=True)
-        within = warpgroup_mma(second.permute((1, 0)), k_, within, is_async=True)
-        before = gl.exp(gc_row.to(gl.float32))
-        wrote *= gl.exp((gc_end - gc_row).to(gl.float32))[:, None]
-        kf = k_.load(wide).to(gl.float32)
-        e_after = gl.sum(kf * wrote, 1)
-        qk = gl.sum(kf * q_.load(wide).to(gl.float32), 1)
-        erased *= -before[:, None]
+        within = warpgroup_mma(pairs.permute((1, 0)), q_, zeros, use_acc=False, is_async=True)
+        beta_j = gates.index(4).reshape([64]).load(_COLUMN)
+        before = gates.index(0).reshape([64]).load(_ROW)
+        beta = gates.index(4).reshape([64]).load(_ROW)
         read *= (before * scale)[:, None]
-        within = warpgroup_mma_wait(0, deps=[within])
-        e_within = gl.sum(kf * within, 1)
+        first = gl.convert_layout((do_X * beta_j[None, :]).to(dtype), _OPERAND)
+        read = warpgroup_mma(first, k_, read, is_async=True)
+        erased *= -before[:, None]
+        second = gl.convert_layout((dv_X * beta_j[None, :]).to(dtype), _OPERAND)
+        erased = warpgroup_mma(second, k_, erased, is_async=True)
+        kf = k_.load(_SQUARE).to(gl.float32)
+        wrote *= gl.exp((high_end - high_i) + (low_end - low_i))[:, None]
+        e_after = gl.sum(kf * wrote, 1)
+        within, read, erased, first, second = warpgroup_mma_wait(0, deps=[within, read, erased, first, second])
         gl.thread_barrier()
-        first.store((do_X * beta_j[None, :]).to(dtype))
-        second.store((dv_X * beta_j[None, :]).to(dtype))
+        pairs.store(dv_X.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
-        read = warpgroup_mma(first, k_, read, is_async=True)
-        erased = warpgroup_mma(second, k_, erased, is_async=True)
-        after = beta_row * e_after
-        dbeta_ = e_after + e_within + diagonal * qk
-        wrote = beta_row[:, None] * (wrote + within)
-        read, erased = warpgroup_mma_wait(0, deps=[read, erased])
-        qf = q_.load(wide).to(gl.float32)
-        kf = k_.load(wide).to(gl.float32)
-        d_gc = gl.sum(qf * read + kf * erased, 1) - beta_row * e_within
-        d_gc_j = gl.convert_layout(d_gc, gl.SliceLayout(0, square))
-        after_j = gl.convert_layout(after, gl.SliceLayout(0, square))
-        dg_ = gl.sum(gl.where(lower, after_j[None, :], d_gc_j[None, :]), 1) + gl.exp(gc_end.to(gl.float32)) * carried
-        shift = kb.to(gl.int64) * partial + own
-        gl.store(dg + shift + i * HV, dg_, mask=start + i < T)
-        gl.store(dbeta + shift + row * HV, dbeta_, mask=start + row < T)
-        direct = (beta_row * diagonal)[:, None]
-        read += direct * kf
-        wrote += erased + direct * qf
+        within = warpgroup_mma(pairs.permute((1, 0)), k_, within, is_async=True)
+        kf = k_.load(_SQUARE).to(gl.float32)
+        qf = q_.load(_SQUARE).to(gl.float32)
+        qk = gl.sum(kf * qf, 1)
+        d_gc = gl.sum(qf * read + kf * erased, 1)
+        direct = beta * diagonal
+        read += direct[:, None] * kf
+        erased += direct[:, None] * qf
+        within = warpgroup_mma_wait(0, deps=[within])
+        kf = k_.load(_SQUARE).to(gl.float32)
+        e_within = gl.sum(kf * within, 1)
+        d_gc -= beta * e_within
+        erased += beta[:, None] * (wrote + within)
+
+        d_gc_j = gl.convert_layout(d_gc, _COLUMN)
+        after_j = gl.convert_layout(beta * e_after, _COLUMN)
+        dg_ = gl.sum(gl.where(lower, after_j[None, :], d_gc_j[None, :]), 1) + over * gl.sum(carried, 0)
+        own = (kb * 2 + GROUP).to(gl.int64) * partial + (b.to(gl.int64) * T + start + i) * HV + hv
+        gl.store(dg + own, dg_, mask=start + i < T)
+        gl.store(dbeta + own, e_after + e_within + diagonal * qk, mask=start + i < T)
         gl.thread_barrier()
         q_.store(read.to(dtype))
-        k_.store(wrote.to(dtype))
+        k_.store(erased.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
-        column = hv * K + kb * BK
-        tma.async_copy_shared_to_global(dq_out, [b, start, column], q)
-        tma.async_copy_shared_to_global(dk_out, [b, start, column], k)
+        column = hv * K + kb * 128 + GROUP * 64
+        tma.async_copy_shared_to_global(dq_out, [b, start, column], q.index(GROUP))
+        tma.async_copy_shared_to_global(dk_out, [b, start, column], k.index(GROUP))
         visit += 1
     tma.store_wait(0)
 
 
 @gluon.jit
 def _gradients(
-    q_in, k_in, X_in, do_in, dv_in, S_in, D_in, dq_out, dk_out, beta, gc, dg, dbeta, scale, tiles, T, per_row, partial,
-    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, BK: gl.constexpr,
+    q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, dq_out, dk_out, gates_pointer, dg, dbeta, scale, tiles, T, per_row,
+    partial, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_in.dtype
-    X = gl.allocate_shared_memory(dtype, [RING, 1, 64, BV], X_in.layout)
-    do = gl.allocate_shared_memory(dtype, [RING, 1, 64, BV], X_in.layout)
-    dv = gl.allocate_shared_memory(dtype, [RING, 1, 64, BV], X_in.layout)
-    S = gl.allocate_shared_memory(dtype, [RING, BV, BK], S_in.layout)
-    D = gl.allocate_shared_memory(dtype, [RING, BV, BK], S_in.layout)
-    q = gl.allocate_shared_memory(dtype, [1, 64, BK], q_in.layout)
-    k = gl.allocate_shared_memory(dtype, [1, 64, BK], q_in.layout)
-    flat: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, 64], dtype)
-    first = gl.allocate_shared_memory(dtype, [64, 64], flat)
-    second = gl.allocate_shared_memory(dtype, [64, 64], flat)
+    X = gl.allocate_shared_memory(dtype, [RING, 1, 64, 64], X_in.layout)
+    do = gl.allocate_shared_memory(dtype, [RING, 1, 64, 64], X_in.layout)
+    dv = gl.allocate_shared_memory(dtype, [RING, 1, 64, 64], X_in.layout)
+    S = gl.allocate_shared_memory(dtype, [RING * 2, 64, 64], S_in.layout)
+    D = gl.allocate_shared_memory(dtype, [RING * 2, 64, 64], S_in.layout)
+    q = gl.allocate_shared_memory(dtype, [2, 1, 64, 64], q_in.layout)
+    k = gl.allocate_shared_memory(dtype, [2, 1, 64, 64], q_in.layout)
+    gates = gl.allocate_shared_memory(gl.float32, [5, 1, 64], gates_in.layout)
+    pairs0 = gl.allocate_shared_memory(dtype, [64, 64], S_in.layout)
+    pairs1 = gl.allocate_shared_memory(dtype, [64, 64], S_in.layout)
     full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     keys_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     keys_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(RING):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=2)
     mbarrier.init(keys_full, count=1)
-    mbarrier.init(keys_empty, count=1)
-    blocks, keys, bars = (X, do, dv, S, D), (q, k), (full, empty, keys_full, keys_empty)
-    inputs = (q_in, k_in, X_in, do_in, dv_in, S_in, D_in)
+    mbarrier.init(keys_empty, count=2)
+    blocks, keys, bars = (X, do, dv, S, D), (q, k, gates), (full, empty, keys_full, keys_empty)
     gl.warp_specialize(
         [
-            (
-                _compute,
-                ((dq_out, dk_out), blocks, keys, (first, second), bars, beta, gc, dg, dbeta, scale, tiles, T, per_row,
-                 partial, HV, K, V, BK),
-            ),
-            (_load, (inputs, blocks, keys, bars, tiles, per_row, H, HV, K, V, BK)),
+            (_compute, (dq_out, dk_out, blocks, keys, pairs0, bars, gates_pointer, dg, dbeta, scale, tiles, T, per_row, partial,
+                        HV, K, V, 0)),
+            (_compute, (dq_out, dk_out, blocks, keys, pairs1, bars, gates_pointer, dg, dbeta, scale, tiles, T, per_row, partial,
+                        HV, K, V, 1)),
+            (_load, (q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, blocks, keys, bars, tiles, per_row, H, HV, K, V)),
         ],
-        [1],
-        [24],
+        [4, 1], [240, 24],
     )  # fmt: skip

@@ -41,6 +41,11 @@ def rows(x: Tensor, columns: int) -> TensorDescriptor:
     return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [64, columns], layout)
 
 
+def vectors(gates: Tensor) -> TensorDescriptor:
+    """[chunks, HV, 5, 64] float32, one row at a time."""
+    return TensorDescriptor.from_tensor(gates.view(-1, 64), [1, 64], gl.NVMMASharedLayout(0, 32, 2))
+
+
 def run_states(
     q: Tensor,
     k: Tensor,
@@ -60,9 +65,8 @@ def run_states(
     """Forward: v, o, X, the saved states, initial and final state. Reverse: do, dv, -, their gradients, final and initial."""
     (B, T, H, K), (HV, V) = q.shape, values.shape[2:]
     BK = min(K, 128)
-    vectors = TensorDescriptor.from_tensor(gates.view(-1, 64), [1, 64], gl.NVMMASharedLayout(0, 32, 2))
     _states[(B * HV * (V // 128),)](
-        tokens(k, BK), tokens(q, BK), rows(A, 64), rows(P, 64), tokens(values, 64), vectors, tokens(out, 64),
+        tokens(k, BK), tokens(q, BK), rows(A, 64), rows(P, 64), tokens(values, 64), vectors(gates), tokens(out, 64),
         None if X is None else tokens(X, 64), gates, states, first_state, last_state, scale, T, -(-T // 64),
         H=H, HV=HV, K=K, V=V, BK=BK, REVERSE=reverse, num_warps=4, maxnreg=168,
     )  # fmt: skip
@@ -128,7 +132,7 @@ def _load(
         start = i * 64
         column = hv // (HV // H) * K
         for part in gl.static_range(2):
-            tma.async_copy_global_to_shared(gates_in, [tile * 2 + part, 0], bar, gates.index(slot * 2 + part))
+            tma.async_copy_global_to_shared(gates_in, [tile * 5 + part, 0], bar, gates.index(slot * 2 + part))
         for part in gl.static_range(NK):
             tma.async_copy_global_to_shared(k_in, [n, start, column + part * BK], bar, k.index(slot * NK + part))
         for part in gl.static_range(2):
@@ -164,7 +168,7 @@ def _forward(
     for i in range(per_row):
         slot = i % RING
         tile = (n * per_row + i).to(gl.int64) * HV + hv
-        over = gl.load(gates_pointer + tile * 128 + 63)
+        over = gl.load(gates_pointer + tile * 320 + 63)
         mbarrier.wait(full.index(slot), i // RING & 1)
         N = gl.convert_layout(S0.to(dtype), _OPERAND)
         U = warpgroup_mma(N, k.index(slot * NK).reshape([64, BK]).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -246,7 +250,7 @@ def _backward(
         i = per_row - 1 - step
         slot = step % RING
         tile = (n * per_row + i).to(gl.int64) * HV + hv
-        over = gl.load(gates_pointer + tile * 128 + 63)
+        over = gl.load(gates_pointer + tile * 320 + 63)
         mbarrier.wait(full.index(slot), step // RING & 1)
         do = values.index(slot * 2 + GROUP).reshape([64, 64]).permute((1, 0))
         N = gl.convert_layout(D0.to(dtype), _OPERAND)

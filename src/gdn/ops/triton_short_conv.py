@@ -101,8 +101,8 @@ def conv_step(
     g, beta = (proj_row.new_empty(B, HV, dtype=torch.float32) for _ in range(2))
     if B:
         _conv_step[(B * (count_tiles(H, K, HV * V) + 1),)](
-            proj_row, weight.contiguous(), contiguous(bias), conv_state, A_log.contiguous(), dt_bias.contiguous(), q, k, v, g, beta,
-            proj_row.stride(0), *conv_state.stride()[:2], H, HV * V,
+            proj_row, weight.contiguous(), contiguous(bias), conv_state, A_log.contiguous(), dt_bias.contiguous(),
+            q, k, v, g, beta, proj_row.stride(0), *conv_state.stride()[:2], H, HV * V,
             K=K, W=weight.shape[1], HV=HV, BLOCK_HV=triton.next_power_of_2(HV), DOUBLE=allow_neg_eigval, num_warps=STEP_WARPS,
         )  # fmt: skip
     return q, k, v, g, beta
