@@ -22,7 +22,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn.ops.triton_configs import configuration
-from gdn.ops.triton_forward import Chunks, Intra, on_hopper, place, precision
+from gdn.ops.triton_forward import C, Chunks, Intra, on_hopper, place, precision
 
 
 class Gradients(NamedTuple):
@@ -68,19 +68,24 @@ def backward(
     if on_hopper(X, chunks) and K >= 128:
         from gdn.ops.triton_hopper_gradients import run_gradients
 
-        dg, dbeta = (X.new_empty(K // 64, B, T, HV, dtype=torch.float32) for _ in "gb")
-        run_gradients(q, k, intra.gates, X, states, do, dv, d_states, dq, dk, dg, dbeta, scale)
+        partial = X.new_empty(K // 64, chunks.count, HV, 4, C, dtype=torch.float32)
+        run_gradients(q, k, intra.gates, X, states, do, dv, d_states, dq, dk, partial, scale)
     else:
-        dg, dbeta = (X.new_empty(K // BK, B, T, HV, dtype=torch.float32) for _ in "gb")
+        partial = X.new_empty(K // BK, chunks.count, HV, 4, C, dtype=torch.float32)
         config = configuration("gradients", q, V)
         _gradients[(chunks.count * HV * (K // BK),)](
-            q, k, intra.gates, X, states, do, dv, d_states, dq, dk, dg, dbeta, chunks.cu_seqlens, chunks.first,
-            chunks.sequence, scale, T, chunks.per_row, chunks.sequences, B * T * HV,
+            q, k, intra.gates, X, states, do, dv, d_states, dq, dk, partial, chunks.cu_seqlens, chunks.first,
+            chunks.sequence, scale, T, chunks.per_row, chunks.sequences, chunks.count * HV,
             H=H, HV=HV, K=K, V=V, BK=BK, BV=config.block, PRECISION=precision(X), **config.launch(),
         )  # fmt: skip
+    dg, dbeta = (X.new_empty(B, T, HV, dtype=torch.float32) for _ in "gb")
+    _finish[(chunks.count * HV,)](
+        partial, intra.gates, dg, dbeta, chunks.cu_seqlens, chunks.first, chunks.sequence, T, chunks.per_row,
+        chunks.sequences, chunks.count * HV, HV=HV, PARTS=len(partial), num_warps=2,
+    )  # fmt: skip
     if HV > H:
         dq, dk = (x.view(B, T, H, HV // H, K).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
-    return Gradients(dq, dk, dv, dg.sum(0), dbeta.sum(0), d_initial)
+    return Gradients(dq, dk, dv, dg, dbeta, d_initial)
 
 
 @triton.jit
@@ -131,13 +136,13 @@ def _d_states(
             k1 = tl.load(k + keys + BK, mask=valid[:, None], other=0.0)
             q1 = tl.load(q + keys + BK, mask=valid[:, None], other=0.0)
             d = tl.dot(D1.to(dtype), tl.trans(k1), d, input_precision=PRECISION)
-        d *= tl.load(gates + tile * 5 + 64 + rows)[None, :]
+        d *= tl.load(gates + tile * 7 + 64 + rows)[None, :]
         d = tl.dot(do_, tl.load(P + square), d, input_precision=PRECISION)
         dv_ = tl.dot(d.to(dtype), tl.load(A + square), input_precision=PRECISION)
         tl.store(dv + own, dv_.to(dtype), mask=valid[None, :])
 
-        before = tl.load(gates + tile * 5 + rows)
-        over = tl.load(gates + tile * 5 + 63)
+        before = tl.load(gates + tile * 7 + rows)
+        over = tl.load(gates + tile * 7 + 63)
         read = (do_.to(tl.float32) * (before * scale)[None, :]).to(dtype)
         erased = (dv_ * -before[None, :]).to(dtype)
         D0 = tl.dot(read, q0, D0 * over, input_precision=PRECISION)
@@ -154,8 +159,8 @@ def _d_states(
 
 @triton.jit
 def _gradients(
-    q, k, gates, X, states, do, dv, d_states, dq, dk, dg, dbeta,
-    cu_seqlens, first, sequence, scale, T, per_row, N, partial,
+    q, k, gates, X, states, do, dv, d_states, dq, dk, partial,
+    cu_seqlens, first, sequence, scale, T, per_row, N, count,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -200,18 +205,16 @@ def _gradients(
     q_ = tl.load(q + keys, mask=valid[:, None], other=0.0)
     k_ = tl.load(k + keys, mask=valid[:, None], other=0.0)
     qf, kf = q_.to(tl.float32), k_.to(tl.float32)
-    vector = gates + tile * 320 + rows
-    before, high, low = tl.load(vector), tl.load(vector + 128), tl.load(vector + 192)
-    over = tl.load(gates + tile * 320 + 63)
-    to_end = (tl.load(gates + tile * 320 + 191) - high) + (tl.load(gates + tile * 320 + 255) - low)
-    beta = tl.load(vector + 256)
+    vector = gates + tile * 448 + rows
+    before, after, beta = tl.load(vector), tl.load(vector + 128), tl.load(vector + 192)
+    high, low = tl.load(vector + 256), tl.load(vector + 320)
     i, j = rows[:, None], rows[None, :]
     difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     decay = tl.where(i > j, tl.exp(tl.minimum(difference, 0.0)), 0.0)
     decay_t = tl.where(i < j, tl.exp(tl.minimum(-difference, 0.0)), 0.0)
     diagonal = tl.sum(tl.where(i == j, do_X, 0.0), 1) * scale
 
-    wrote *= tl.exp(to_end)[:, None]
+    wrote *= after[:, None]
     e_after = tl.sum(kf * wrote, 1)
     within = tl.dot((X_do * decay_t * scale).to(dtype), q_, input_precision=PRECISION)
     within = tl.dot((X_dv * -decay_t).to(dtype), k_, within, input_precision=PRECISION)
@@ -221,15 +224,43 @@ def _gradients(
     read *= (before * scale)[:, None]
     read = tl.dot((do_X * decay * (beta * scale)[None, :]).to(dtype), k_, read, input_precision=PRECISION)
 
-    # g_t decays what goes from tokens j < t, or from the state before, to tokens i >= t or to the state after.
-    d_gc = tl.sum(qf * read, 1) + tl.sum(kf * erased, 1) - beta * e_within
-    after = beta * e_after
-    dg_ = tl.sum(tl.where(j >= i, d_gc[None, :], after[None, :]), 1) + over * tl.sum(carried, 0)
+    sums = partial + (kb.to(tl.int64) * count + tile) * 256 + rows
+    tl.store(sums, tl.sum(qf * read, 1) + tl.sum(kf * erased, 1) - beta * e_within)
+    tl.store(sums + 64, beta * e_after)
+    tl.store(sums + 128, e_after + e_within + tl.where(kb == 0, diagonal * tl.load(vector + 384), 0.0))
+    tl.store(sums + 192, tl.where(rows == 0, tl.sum(carried, 0), 0.0))
     own_head = token * HV + hv
-    tl.store(dg + kb.to(tl.int64) * partial + own_head, dg_, mask=valid)
-    dbeta_ = e_after + e_within + diagonal * tl.sum(qf * kf, 1)
-    tl.store(dbeta + kb.to(tl.int64) * partial + own_head, dbeta_, mask=valid)
     direct = (beta * diagonal)[:, None]
     out = own_head[:, None] * K + columns[None, :]
     tl.store(dq + out, (read + direct * kf).to(dtype), mask=valid[:, None])
     tl.store(dk + out, (beta[:, None] * (wrote + within) + erased + direct * qf).to(dtype), mask=valid[:, None])
+
+
+@triton.jit
+def _finish(
+    partial, gates, dg, dbeta, cu_seqlens, first, sequence, T, per_row, N, count, HV: tl.constexpr, PARTS: tl.constexpr
+):  # fmt: skip
+    """Add the parts over the keys. g_t decays what goes from tokens j < t, or from the state before, to tokens i >= t or to the
+    state after: each part holds, per token, what it gives as i less what as j, what it gives to the state after, dbeta, <S, D>.
+    """
+    c, hv = tl.program_id(0) // HV, tl.program_id(0) % HV
+    begin, end = place(c, cu_seqlens, first, sequence, T, per_row, N)
+    if begin >= end:
+        return
+    rows = tl.arange(0, 64)
+    tile = c.to(tl.int64) * HV + hv
+    inside = tl.zeros([64], tl.float32)
+    after = tl.zeros([64], tl.float32)
+    dbeta_ = tl.zeros([64], tl.float32)
+    carried = tl.zeros([64], tl.float32)
+    for part in tl.static_range(PARTS):
+        sums = partial + (part * count.to(tl.int64) + tile) * 256 + rows
+        inside += tl.load(sums)
+        after += tl.load(sums + 64)
+        dbeta_ += tl.load(sums + 128)
+        carried += tl.load(sums + 192)
+    over = tl.load(gates + tile * 448 + 63)
+    dg_ = tl.sum(tl.where(rows[None, :] >= rows[:, None], inside[None, :], after[None, :]), 1) + over * tl.sum(carried, 0)
+    out, valid = (begin + rows) * HV + hv, begin + rows < end
+    tl.store(dg + out, dg_, mask=valid)
+    tl.store(dbeta + out, dbeta_, mask=valid)

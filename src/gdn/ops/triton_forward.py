@@ -54,8 +54,8 @@ class Intra(NamedTuple):
 
     A: Tensor
     P: Tensor
-    gates: Tensor  # [chunks, HV, 5, C] float32: exp(gc); beta * exp(gc_C - gc); gc as a sum of two, which keeps the digits of
-    # differences after strong decay; beta
+    gates: Tensor  # [chunks, HV, 7, C] float32: exp(gc); beta * exp(gc_C - gc); exp(gc_C - gc); beta; gc as a sum of two, which
+    # keeps the digits of differences after strong decay; q . k of each token
 
 
 class Forward(NamedTuple):
@@ -106,7 +106,7 @@ def forward(
 def _run_intra(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, scale: float, chunks: Chunks) -> Intra:
     (_, T, H, K), HV = q.shape, g.shape[2]
     A, P = (q.new_empty(chunks.count, HV, C, C) for _ in "AP")
-    gates = q.new_empty(chunks.count, HV, 5, C, dtype=torch.float32)
+    gates = q.new_empty(chunks.count, HV, 7, C, dtype=torch.float32)
     config = configuration("intra", q, K)
     _intra[(chunks.count * HV,)](
         q, k, g, beta, A, P, gates, chunks.cu_seqlens, chunks.first, chunks.sequence, scale, T, chunks.per_row,
@@ -174,13 +174,15 @@ def _intra(
     high = gc.to(tl.float32)
     low = (gc - high.to(tl.float64)).to(tl.float32)
     last = rows == 63
-    to_end = (tl.sum(tl.where(last, high, 0.0), 0) - high) + (tl.sum(tl.where(last, low, 0.0), 0) - low)
-    vector = gates + tile * 5 + rows
+    after = tl.exp((tl.sum(tl.where(last, high, 0.0), 0) - high) + (tl.sum(tl.where(last, low, 0.0), 0) - low))
+    vector = gates + tile * 7 + rows
     tl.store(vector, tl.exp(high))
-    tl.store(vector + 64, beta_ * tl.exp(to_end))
-    tl.store(vector + 128, high)
-    tl.store(vector + 192, low)
-    tl.store(vector + 256, beta_)
+    tl.store(vector + 64, beta_ * after)
+    tl.store(vector + 128, after)
+    tl.store(vector + 192, beta_)
+    tl.store(vector + 256, high)
+    tl.store(vector + 320, low)
+    tl.store(vector + 384, tl.sum(tl.where(i == j, qk, 0.0), 1))
     difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     decay = tl.exp(tl.minimum(difference, 0.0)) * beta_[None, :]
     dtype = A.dtype.element_ty
@@ -189,13 +191,15 @@ def _intra(
     # Inverse of I + lower by doubling: right on diagonal blocks of s tokens, then of 2 s. No powers of `lower` are formed, which
     # repeated keys would let grow. Its entries are of order 1, so that float16 serves as well as tf32 between 16-bit products.
     narrow = tl.float32 if dtype == tl.float32 else tl.float16
+    apart = i ^ j
     lower = tl.where(i > j, kk * decay, 0.0)
-    inverse = tl.where(i == j, 1.0, 0.0) - tl.where(i // 2 == j // 2, lower, 0.0)
+    inverse = tl.where(i == j, 1.0, 0.0) - tl.where(apart < 2, lower, 0.0)
+    lower = lower.to(narrow)
     for level in tl.static_range(1, 6):
-        s = 1 << level
-        between = tl.where((i // (2 * s) == j // (2 * s)) & (i // s != j // s), lower, 0.0).to(narrow)
-        half = tl.dot(inverse.to(narrow), between, input_precision="ieee")
-        inverse -= tl.dot(half.to(narrow), inverse.to(narrow), input_precision="ieee")
+        rounded = inverse.to(narrow)
+        product = tl.dot(rounded, lower, input_precision="ieee")
+        between = tl.where(apart >> level == 1, product, 0.0).to(narrow)
+        inverse -= tl.dot(between, rounded, input_precision="ieee")
     tl.store(A + square, inverse.to(dtype))
 
 
@@ -238,7 +242,7 @@ def _states(
             tl.store(states + saved, S0.to(dtype))
             if K > BK:
                 tl.store(states + saved + BK, S1.to(dtype))
-        before = tl.load(gates + tile * 5 + rows)
+        before = tl.load(gates + tile * 7 + rows)
 
         # U and the outputs' share of the state before the chunk, both [BV, 64]
         narrow = S0.to(dtype)
@@ -258,8 +262,8 @@ def _states(
             X_.to(dtype), tl.trans(tl.load(P + square)), o_ * (before * scale)[None, :], input_precision=PRECISION
         )
         tl.store(o + own, o_.to(dtype), mask=valid[None, :])
-        over = tl.load(gates + tile * 5 + 63)
-        wrote = (X_ * tl.load(gates + tile * 5 + 64 + rows)[None, :]).to(dtype)
+        over = tl.load(gates + tile * 7 + 63)
+        wrote = (X_ * tl.load(gates + tile * 7 + 64 + rows)[None, :]).to(dtype)
         S0 = tl.dot(wrote, k0, S0 * over, input_precision=PRECISION)
         if K > BK:
             S1 = tl.dot(wrote, k1, S1 * over, input_precision=PRECISION)

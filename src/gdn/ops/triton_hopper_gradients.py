@@ -38,18 +38,17 @@ def run_gradients(
     d_states: Tensor,
     dq: Tensor,
     dk: Tensor,
-    dg: Tensor,
-    dbeta: Tensor,
+    partial: Tensor,
     scale: float,
 ) -> None:
-    """As `triton_backward._gradients`; K a multiple of 128; dq, dk [B, T, HV, K], dg, dbeta partial sums [K / 64, B, T, HV]."""
+    """As `triton_backward._gradients`; K a multiple of 128; dq, dk [B, T, HV, K]; partial sums [K / 64, chunks, HV, 4, 64]."""
     (B, T, H, K), (HV, V) = q.shape, X.shape[2:]
     per_row = -(-T // 64)
     tiles = B * per_row * HV * (K // 128)
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     _gradients[(min(programs, tiles),)](
         tokens(q, 64), tokens(k, 64), tokens(X, 64), tokens(do, 64), tokens(dv, 64), rows(states, 64), rows(d_states, 64),
-        vectors(gates), tokens(dq, 64), tokens(dk, 64), gates, dg, dbeta, scale, tiles, T, per_row, B * T * HV,
+        vectors(gates), tokens(dq, 64), tokens(dk, 64), partial, scale, tiles, B * per_row * HV, per_row,
         H=H, HV=HV, K=K, V=V, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
@@ -91,20 +90,21 @@ def _load(
                 tma.async_copy_global_to_shared(S_in, place, bar, S.index(slot * 2 + group))
             tma.async_copy_global_to_shared(dv_in, [b, start, column], bar, dv.index(slot))
             n += 1
-        mbarrier.wait(keys_empty, (visit & 1) ^ 1)
-        mbarrier.expect(keys_full, 4 * q_in.block_type.nbytes + 5 * gates_in.block_type.nbytes)
-        for part in gl.static_range(5):
-            tma.async_copy_global_to_shared(gates_in, [tile * 5 + part, 0], keys_full, gates.index(part))
-        for group in gl.static_range(2):
-            column = hv // (HV // H) * K + kb * 128 + group * 64
-            tma.async_copy_global_to_shared(q_in, [b, start, column], keys_full, q.index(group))
-            tma.async_copy_global_to_shared(k_in, [b, start, column], keys_full, k.index(group))
+            if vb == V // 64 - 2:  # while the groups end the last tile, as many blocks of this one as there is room for come first
+                mbarrier.wait(keys_empty, (visit & 1) ^ 1)
+                mbarrier.expect(keys_full, 4 * q_in.block_type.nbytes + 7 * gates_in.block_type.nbytes)
+                for part in gl.static_range(7):
+                    tma.async_copy_global_to_shared(gates_in, [tile * 7 + part, 0], keys_full, gates.index(part))
+                for group in gl.static_range(2):
+                    column = hv // (HV // H) * K + kb * 128 + group * 64
+                    tma.async_copy_global_to_shared(q_in, [b, start, column], keys_full, q.index(group))
+                    tma.async_copy_global_to_shared(k_in, [b, start, column], keys_full, k.index(group))
         visit += 1
 
 
 @gluon.jit
 def _compute(
-    dq_out, dk_out, blocks, keys, pairs, bars, gates_pointer, dg, dbeta, scale, tiles, T, per_row, partial,
+    dq_out, dk_out, blocks, keys, pairs, bars, partial, scale, tiles, tiles_in_all, per_row,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     X, do, dv, S, D = blocks
@@ -118,8 +118,6 @@ def _compute(
     visit = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, start, hv, kb, tile = _tile(t, per_row, HV, K // 128)
-        ends = gates_pointer + tile.to(gl.int64) * 320
-        over, high_end, low_end = gl.load(ends + 63), gl.load(ends + 191), gl.load(ends + 255)
         do_X = zeros
         dv_X = zeros
         read = zeros
@@ -150,11 +148,10 @@ def _compute(
             n += 1
 
         mbarrier.wait(keys_full, visit & 1)
-        high_i, high_j = gates.index(2).reshape([64]).load(_ROW), gates.index(2).reshape([64]).load(_COLUMN)
-        low_i, low_j = gates.index(3).reshape([64]).load(_ROW), gates.index(3).reshape([64]).load(_COLUMN)
-        lower = i[:, None] > j[None, :]
+        high_i, high_j = gates.index(4).reshape([64]).load(_ROW), gates.index(4).reshape([64]).load(_COLUMN)
+        low_i, low_j = gates.index(5).reshape([64]).load(_ROW), gates.index(5).reshape([64]).load(_COLUMN)
         difference = (high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :])
-        decay = gl.where(lower, gl.exp(gl.minimum(difference, 0.0)), 0.0)
+        decay = gl.where(i[:, None] > j[None, :], gl.exp(gl.minimum(difference, 0.0)), 0.0)
         diagonal = gl.sum(gl.where(i[:, None] == j[None, :], do_X, 0.0), 1) * scale
         do_X *= decay * scale
         dv_X *= -decay
@@ -162,43 +159,42 @@ def _compute(
         fence_async_shared()
         gl.thread_barrier()
         within = warpgroup_mma(pairs.permute((1, 0)), q_, zeros, use_acc=False, is_async=True)
-        beta_j = gates.index(4).reshape([64]).load(_COLUMN)
+        beta_j = gates.index(3).reshape([64]).load(_COLUMN)
         before = gates.index(0).reshape([64]).load(_ROW)
-        beta = gates.index(4).reshape([64]).load(_ROW)
         read *= (before * scale)[:, None]
         first = gl.convert_layout((do_X * beta_j[None, :]).to(dtype), _OPERAND)
         read = warpgroup_mma(first, k_, read, is_async=True)
         erased *= -before[:, None]
         second = gl.convert_layout((dv_X * beta_j[None, :]).to(dtype), _OPERAND)
         erased = warpgroup_mma(second, k_, erased, is_async=True)
-        kf = k_.load(_SQUARE).to(gl.float32)
-        wrote *= gl.exp((high_end - high_i) + (low_end - low_i))[:, None]
-        e_after = gl.sum(kf * wrote, 1)
+        narrow = dv_X.to(dtype)
+        wrote *= gates.index(2).reshape([64]).load(_ROW)[:, None]
+        e_after = gl.sum(k_.load(_SQUARE).to(gl.float32) * wrote, 1)
         within, read, erased, first, second = warpgroup_mma_wait(0, deps=[within, read, erased, first, second])
         gl.thread_barrier()
-        pairs.store(dv_X.to(dtype))
+        pairs.store(narrow)
         fence_async_shared()
         gl.thread_barrier()
         within = warpgroup_mma(pairs.permute((1, 0)), k_, within, is_async=True)
-        kf = k_.load(_SQUARE).to(gl.float32)
-        qf = q_.load(_SQUARE).to(gl.float32)
-        qk = gl.sum(kf * qf, 1)
-        d_gc = gl.sum(qf * read + kf * erased, 1)
+        beta = gates.index(3).reshape([64]).load(_ROW)
         direct = beta * diagonal
+        qf = q_.load(_SQUARE).to(gl.float32)
+        d_gc = gl.sum(qf * read, 1)
+        kf = k_.load(_SQUARE).to(gl.float32)
+        d_gc += gl.sum(kf * erased, 1)
         read += direct[:, None] * kf
         erased += direct[:, None] * qf
         within = warpgroup_mma_wait(0, deps=[within])
         kf = k_.load(_SQUARE).to(gl.float32)
         e_within = gl.sum(kf * within, 1)
-        d_gc -= beta * e_within
         erased += beta[:, None] * (wrote + within)
-
-        d_gc_j = gl.convert_layout(d_gc, _COLUMN)
-        after_j = gl.convert_layout(beta * e_after, _COLUMN)
-        dg_ = gl.sum(gl.where(lower, after_j[None, :], d_gc_j[None, :]), 1) + over * gl.sum(carried, 0)
-        own = (kb * 2 + GROUP).to(gl.int64) * partial + (b.to(gl.int64) * T + start + i) * HV + hv
-        gl.store(dg + own, dg_, mask=start + i < T)
-        gl.store(dbeta + own, e_after + e_within + diagonal * qk, mask=start + i < T)
+        part = kb * 2 + GROUP
+        direct = gl.where(part == 0, diagonal * gates.index(6).reshape([64]).load(_ROW), 0.0)
+        sums = partial + (part * tiles_in_all + tile).to(gl.int64) * 256 + i
+        gl.store(sums, d_gc - beta * e_within)
+        gl.store(sums + 64, beta * e_after)
+        gl.store(sums + 128, e_after + e_within + direct)
+        gl.store(sums + 192, gl.convert_layout(carried, _ROW))
         gl.thread_barrier()
         q_.store(read.to(dtype))
         k_.store(erased.to(dtype))
@@ -213,8 +209,8 @@ def _compute(
 
 @gluon.jit
 def _gradients(
-    q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, dq_out, dk_out, gates_pointer, dg, dbeta, scale, tiles, T, per_row,
-    partial, H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
+    q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, dq_out, dk_out, partial, scale, tiles, tiles_in_all, per_row,
+    H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_in.dtype
     X = gl.allocate_shared_memory(dtype, [RING, 1, 64, 64], X_in.layout)
@@ -224,7 +220,7 @@ def _gradients(
     D = gl.allocate_shared_memory(dtype, [RING * 2, 64, 64], S_in.layout)
     q = gl.allocate_shared_memory(dtype, [2, 1, 64, 64], q_in.layout)
     k = gl.allocate_shared_memory(dtype, [2, 1, 64, 64], q_in.layout)
-    gates = gl.allocate_shared_memory(gl.float32, [5, 1, 64], gates_in.layout)
+    gates = gl.allocate_shared_memory(gl.float32, [7, 1, 64], gates_in.layout)
     pairs0 = gl.allocate_shared_memory(dtype, [64, 64], S_in.layout)
     pairs1 = gl.allocate_shared_memory(dtype, [64, 64], S_in.layout)
     full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
@@ -239,10 +235,8 @@ def _gradients(
     blocks, keys, bars = (X, do, dv, S, D), (q, k, gates), (full, empty, keys_full, keys_empty)
     gl.warp_specialize(
         [
-            (_compute, (dq_out, dk_out, blocks, keys, pairs0, bars, gates_pointer, dg, dbeta, scale, tiles, T, per_row, partial,
-                        HV, K, V, 0)),
-            (_compute, (dq_out, dk_out, blocks, keys, pairs1, bars, gates_pointer, dg, dbeta, scale, tiles, T, per_row, partial,
-                        HV, K, V, 1)),
+            (_compute, (dq_out, dk_out, blocks, keys, pairs0, bars, partial, scale, tiles, tiles_in_all, per_row, HV, K, V, 0)),
+            (_compute, (dq_out, dk_out, blocks, keys, pairs1, bars, partial, scale, tiles, tiles_in_all, per_row, HV, K, V, 1)),
             (_load, (q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, blocks, keys, bars, tiles, per_row, H, HV, K, V)),
         ],
         [4, 1], [240, 24],

@@ -6,6 +6,8 @@ float32 in registers, and share what a single further warp copies from memory tw
 other: while one rounds and scales, the other's products run.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 from triton.experimental import gluon
@@ -26,24 +28,30 @@ _OPERAND = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0],
 _TOKEN = gl.constexpr(gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])))
 
 
+_VECTOR = gl.NVMMASharedLayout(0, 32, 2)
 _ELEMENT = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
+
+
+@cache
+def _layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _ELEMENT[dtype])
 
 
 def tokens(x: Tensor, columns: int) -> TensorDescriptor:
     """[B, T, heads, D] in tiles of 64 tokens by `columns` of one head; beyond T a tile reads as zero and is not written."""
-    layout = gl.NVMMASharedLayout.get_default_for([1, 64, columns], _ELEMENT[x.dtype])
-    return TensorDescriptor.from_tensor(x.view(*x.shape[:2], -1), [1, 64, columns], layout)
+    (B, T), D = x.shape[:2], x.shape[2] * x.shape[3]
+    return TensorDescriptor(x, [B, T, D], [T * D, D, 1], [1, 64, columns], _layout((1, 64, columns), x.dtype))
 
 
 def rows(x: Tensor, columns: int) -> TensorDescriptor:
     """[..., R, D] in tiles of 64 rows by `columns`."""
-    layout = gl.NVMMASharedLayout.get_default_for([64, columns], _ELEMENT[x.dtype])
-    return TensorDescriptor.from_tensor(x.view(-1, x.shape[-1]), [64, columns], layout)
+    D = x.shape[-1]
+    return TensorDescriptor(x, [x.numel() // D, D], [D, 1], [64, columns], _layout((64, columns), x.dtype))
 
 
 def vectors(gates: Tensor) -> TensorDescriptor:
-    """[chunks, HV, 5, 64] float32, one row at a time."""
-    return TensorDescriptor.from_tensor(gates.view(-1, 64), [1, 64], gl.NVMMASharedLayout(0, 32, 2))
+    """[chunks, HV, 7, 64] float32, one row at a time."""
+    return TensorDescriptor(gates, [gates.numel() // 64, 64], [64, 1], [1, 64], _VECTOR)
 
 
 def run_states(
@@ -73,7 +81,7 @@ def run_states(
 
 
 @gluon.constexpr_function
-def _coalesced(BK):
+def coalesced(BK):
     """[64, BK] with 8 neighbours of a row in each thread, 16 bytes a store; from a result it is reached within each warp."""
     registers = [[0, 1], [0, 2], [0, 4], [8, 0]] + [[0, 1 << n] for n in range(5, BK.bit_length() - 1)]
     lanes = [[0, 8], [0, 16], [1, 0], [2, 0], [4, 0]]
@@ -83,7 +91,7 @@ def _coalesced(BK):
 @gluon.jit
 def _save(pointer, state, K: gl.constexpr, BK: gl.constexpr):
     """Write a [64, BK] part of a state, in registers, to rows K apart."""
-    layout: gl.constexpr = _coalesced(BK)
+    layout: gl.constexpr = coalesced(BK)
     row, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, BK, gl.SliceLayout(0, layout))
     gl.store(pointer + row[:, None] * K + column[None, :], gl.convert_layout(state, layout))
 
@@ -132,7 +140,7 @@ def _load(
         start = i * 64
         column = hv // (HV // H) * K
         for part in gl.static_range(2):
-            tma.async_copy_global_to_shared(gates_in, [tile * 5 + part, 0], bar, gates.index(slot * 2 + part))
+            tma.async_copy_global_to_shared(gates_in, [tile * 7 + part, 0], bar, gates.index(slot * 2 + part))
         for part in gl.static_range(NK):
             tma.async_copy_global_to_shared(k_in, [n, start, column + part * BK], bar, k.index(slot * NK + part))
         for part in gl.static_range(2):
@@ -168,7 +176,7 @@ def _forward(
     for i in range(per_row):
         slot = i % RING
         tile = (n * per_row + i).to(gl.int64) * HV + hv
-        over = gl.load(gates_pointer + tile * 320 + 63)
+        over = gl.load(gates_pointer + tile * 448 + 63)
         mbarrier.wait(full.index(slot), i // RING & 1)
         N = gl.convert_layout(S0.to(dtype), _OPERAND)
         U = warpgroup_mma(N, k.index(slot * NK).reshape([64, BK]).permute((1, 0)), zeros, use_acc=False, is_async=True)
@@ -250,7 +258,7 @@ def _backward(
         i = per_row - 1 - step
         slot = step % RING
         tile = (n * per_row + i).to(gl.int64) * HV + hv
-        over = gl.load(gates_pointer + tile * 320 + 63)
+        over = gl.load(gates_pointer + tile * 448 + 63)
         mbarrier.wait(full.index(slot), step // RING & 1)
         do = values.index(slot * 2 + GROUP).reshape([64, 64]).permute((1, 0))
         N = gl.convert_layout(D0.to(dtype), _OPERAND)
