@@ -133,7 +133,7 @@ CASES = [
     Case(B=2, T=40, W=3, state=True),
     Case(B=2, T=21, W=8, HV=1, state=True, bias=True),
     Case(T=131, lengths=(64, 1, 0, 2, 63, 1, 0, 0)),
-    Case(T=131, lengths=(64, 1, 0, 2, 63, 1, 0, 0), state=True, bias=True),
+    Case(T=36, lengths=(16, 1, 0, 2, 15, 2, 0, 0), state=True, bias=True),
     Case(T=25, W=8, HV=1, lengths=(3, 9, 1, 12, 0), state=True),
     Case(T=40, W=1, HV=1, lengths=(3, 9, 1, 27, 0)),
     Case(B=2, T=65, state=True, bias=True, dtype=torch.float16),
@@ -219,6 +219,7 @@ def test_finite_for_large_and_zero_inputs() -> None:
     sizes = torch.tensor([0, 1e-38, 1e-20, 1, 1e4, 1e18, 1e19, 1e30], device=DEVICE).repeat_interleave(3)
     inputs["proj"].mul_(sizes[:, None])
     inputs["bias"].zero_()
+    inputs["d"][0].mul_(1e10)  # of q; v's gradients would be beyond float32
     for name, x in run(case, inputs).items():
         assert x.isfinite().all(), name
 
@@ -232,9 +233,14 @@ def test_an_empty_sequence() -> None:
 
 
 @pytest.mark.parametrize(
-    "case", [Case(B=2, T=9, V=96), Case(B=3, T=5, W=2, H=2, K=128, V=64, bias=True), Case(T=3, W=1)], ids=str
+    "case, state_dtype",
+    [
+        (Case(B=2, T=6, V=96), torch.float32),
+        (Case(B=3, T=4, W=2, H=2, HV=4, K=128, bias=True), torch.float16),
+        (Case(T=3, W=1), torch.float32),
+    ],
+    ids=str,
 )
-@pytest.mark.parametrize("state_dtype", [torch.float32, torch.float16])
 def test_step_by_step_is_the_whole(case: Case, state_dtype: torch.dtype) -> None:
     B, T, HV, W, D = case.B, case.T, case.HV, case.W, case.D
     case = case._replace(state=True, dtype=torch.float16)
@@ -299,7 +305,7 @@ def conv_results(case: Case, inputs: dict[str, Any]) -> dict[str, Tensor]:
 @pytest.mark.gpu
 @pytest.mark.skipif(INTERPRETED, reason="needs a CUDA device")
 def test_neither_waits_for_the_device_and_a_step_is_captured() -> None:
-    case = Case(T=131, lengths=(64, 1, 0, 2, 63, 1, 0, 0), state=True, bias=True)
+    case = Case(T=36, lengths=(16, 1, 0, 2, 15, 2, 0, 0), state=True, bias=True)
     inputs = make(case)
     proj, weight, bias, initial_state, cu_seqlens, d = inputs.values()
     dproj = torch.empty_like(proj)

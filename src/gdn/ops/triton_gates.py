@@ -108,7 +108,7 @@ def _gates_forward(
     HV: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_HV: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     token, row, t, head, inside = _place(T, tokens, HV, BLOCK_T, BLOCK_HV)
-    source = proj + token * stride_t + head
+    source = proj + row * stride_b + t * stride_t + head
     a = tl.load(source + column_a, mask=inside, other=0.0).to(tl.float32)
     b = tl.load(source + column_b, mask=inside, other=0.0).to(tl.float32)
     rate = tl.load(A_log + head, mask=head < HV, other=0.0).to(tl.float32)
