@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from gdn.ops.triton_hopper_states import rows, tokens, vectors
+from gdn.ops.triton_hopper_states import coalesced, rows, tokens, vectors
 
 RING = gl.constexpr(3)  # blocks of 64 values in flight
 _SQUARE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))  # every result is [64 tokens, 64]
@@ -48,7 +48,7 @@ def run_gradients(
     programs = torch.cuda.get_device_properties(q.device).multi_processor_count
     _gradients[(min(programs, tiles),)](
         tokens(q, 64), tokens(k, 64), tokens(X, 64), tokens(do, 64), tokens(dv, 64), rows(states, 64), rows(d_states, 64),
-        vectors(gates), tokens(dq, 64), tokens(dk, 64), partial, scale, tiles, B * per_row * HV, per_row,
+        vectors(gates), dq, dk, partial, scale, tiles, B * per_row * HV, T, per_row,
         H=H, HV=HV, K=K, V=V, num_warps=4, maxnreg=168,
     )  # fmt: skip
 
@@ -90,7 +90,7 @@ def _load(
                 tma.async_copy_global_to_shared(S_in, place, bar, S.index(slot * 2 + group))
             tma.async_copy_global_to_shared(dv_in, [b, start, column], bar, dv.index(slot))
             n += 1
-            if vb == V // 64 - 2:  # while the groups end the last tile, as many blocks of this one as there is room for come first
+            if vb == min(RING, V // 64) - 1:  # while the groups end the last tile, the blocks that there is room for come first
                 mbarrier.wait(keys_empty, (visit & 1) ^ 1)
                 mbarrier.expect(keys_full, 4 * q_in.block_type.nbytes + 7 * gates_in.block_type.nbytes)
                 for part in gl.static_range(7):
@@ -103,8 +103,19 @@ def _load(
 
 
 @gluon.jit
+def _store_rows(pointer, x, height, stride: gl.constexpr):
+    """Write the first `height` rows of x [64, 64] to rows `stride` apart: 16 bytes a thread, regrouped within each warp.
+
+    Not by the copy engine: there it would stand behind the blocks already asked for, and hold up the buffers it reads.
+    """
+    layout: gl.constexpr = coalesced(64)
+    row, column = gl.arange(0, 64, gl.SliceLayout(1, layout)), gl.arange(0, 64, gl.SliceLayout(0, layout))
+    gl.store(pointer + row[:, None] * stride + column[None, :], gl.convert_layout(x, layout), mask=row[:, None] < height)
+
+
+@gluon.jit
 def _compute(
-    dq_out, dk_out, blocks, keys, pairs, bars, partial, scale, tiles, tiles_in_all, per_row,
+    dq, dk, blocks, keys, pairs, bars, partial, scale, tiles, tiles_in_all, T, per_row,
     HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr, GROUP: gl.constexpr,
 ):  # fmt: skip
     X, do, dv, S, D = blocks
@@ -141,13 +152,10 @@ def _compute(
             fence_async_shared()
             gl.thread_barrier()
             mbarrier.arrive(empty.index(slot), count=1)
-            if vb == 0:  # the last tile's results have left the buffers of q and k
-                tma.store_wait(0)
-                gl.thread_barrier()
-                mbarrier.arrive(keys_empty, count=1, pred=visit > 0)
+            if vb == V // 64 - 1:  # here, not below: in a loop without a branch ptxas finds too few registers
+                mbarrier.wait(keys_full, visit & 1)
             n += 1
 
-        mbarrier.wait(keys_full, visit & 1)
         high_i, high_j = gates.index(4).reshape([64]).load(_ROW), gates.index(4).reshape([64]).load(_COLUMN)
         low_i, low_j = gates.index(5).reshape([64]).load(_ROW), gates.index(5).reshape([64]).load(_COLUMN)
         difference = (high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :])
@@ -195,21 +203,18 @@ def _compute(
         gl.store(sums + 64, beta * e_after)
         gl.store(sums + 128, e_after + e_within + direct)
         gl.store(sums + 192, gl.convert_layout(carried, _ROW))
-        gl.thread_barrier()
-        q_.store(read.to(dtype))
-        k_.store(erased.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
-        column = hv * K + kb * 128 + GROUP * 64
-        tma.async_copy_shared_to_global(dq_out, [b, start, column], q.index(GROUP))
-        tma.async_copy_shared_to_global(dk_out, [b, start, column], k.index(GROUP))
+        mbarrier.arrive(keys_empty, count=1)
+        place = ((b.to(gl.int64) * T + start) * HV + hv) * K + kb * 128 + GROUP * 64
+        _store_rows(dq + place, read.to(dtype), T - start, HV * K)
+        _store_rows(dk + place, erased.to(dtype), T - start, HV * K)
         visit += 1
-    tma.store_wait(0)
 
 
 @gluon.jit
 def _gradients(
-    q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, dq_out, dk_out, partial, scale, tiles, tiles_in_all, per_row,
+    q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, dq, dk, partial, scale, tiles, tiles_in_all, T, per_row,
     H: gl.constexpr, HV: gl.constexpr, K: gl.constexpr, V: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_in.dtype
@@ -235,8 +240,8 @@ def _gradients(
     blocks, keys, bars = (X, do, dv, S, D), (q, k, gates), (full, empty, keys_full, keys_empty)
     gl.warp_specialize(
         [
-            (_compute, (dq_out, dk_out, blocks, keys, pairs0, bars, partial, scale, tiles, tiles_in_all, per_row, HV, K, V, 0)),
-            (_compute, (dq_out, dk_out, blocks, keys, pairs1, bars, partial, scale, tiles, tiles_in_all, per_row, HV, K, V, 1)),
+            (_compute, (dq, dk, blocks, keys, pairs0, bars, partial, scale, tiles, tiles_in_all, T, per_row, HV, K, V, 0)),
+            (_compute, (dq, dk, blocks, keys, pairs1, bars, partial, scale, tiles, tiles_in_all, T, per_row, HV, K, V, 1)),
             (_load, (q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, blocks, keys, bars, tiles, per_row, H, HV, K, V)),
         ],
         [4, 1], [240, 24],

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from gdn.ops.triton_gates import log_decay, write_strength
 
-# Not yet measured: tokens a strip, warps, loads in flight. Results do not depend on them.
-FORWARD_TOKENS, FORWARD_WARPS, FORWARD_STAGES = 32, 4, 2
+# Tokens a strip, warps, loads in flight: the fastest of 27 on an H200 (docs/log.md). Results do not depend on them.
+FORWARD_TOKENS, FORWARD_WARPS, FORWARD_STAGES = 64, 1, 3
 STEP_WARPS = 1
 _CHANNELS_PER_WARP = 256  # 8 a thread: 16 bytes of bfloat16
 
