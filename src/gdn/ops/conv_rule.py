@@ -56,8 +56,8 @@ def conv_gated_delta_rule(
 ) -> Tensor:
     """o [B, T, HV, V] of a layer, in proj's dtype; differentiable (once) in every float tensor.
 
-    proj [B, T, P]: columns q | k | v | a | b (`Heads`), any more are left alone; conv_weight [D, W], conv_bias [D] over q | k | v;
-    A_log, dt_bias [HV]. cu_seqlens as in `gated_delta_rule`; convolution and rule start anew at each boundary.
+    proj [B, T, P]: columns q | k | v | a | b (`Heads`), any more are left alone; conv_weight [D, W], conv_bias [D] over q | k |
+    v; A_log, dt_bias [HV]. cu_seqlens as in `gated_delta_rule`; convolution and rule start anew at each boundary.
     Raises ValueError for shapes that do not fit, BackendError for a backend that cannot serve.
     """
     heads = Heads(num_heads, head_dim, num_v_heads, head_v_dim)
@@ -150,9 +150,7 @@ def _on_triton(backend: Backend, proj: Tensor, heads: Heads) -> bool:
     return choose_backend(backend, proj.device, proj.dtype, heads.K, heads.V) == "triton" and proj.numel() > 0
 
 
-def _split(
-    proj: Tensor, A_log: Tensor, dt_bias: Tensor, heads: Heads, allow_neg_eigval: bool
-) -> tuple[Tensor, Tensor, Tensor]:
+def _split(proj: Tensor, A_log: Tensor, dt_bias: Tensor, heads: Heads, allow_neg_eigval: bool) -> tuple[Tensor, Tensor, Tensor]:
     x, a, b = proj[..., : heads.columns].split([heads.channels, heads.HV, heads.HV], dim=-1)
     return x, decay_gate(a, A_log, dt_bias), beta_gate(b, allow_neg_eigval)
 
@@ -163,10 +161,8 @@ def _keys_and_values(y: Tensor, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
     return l2_norm(q.unflatten(-1, (H, K))), l2_norm(k.unflatten(-1, (H, K))), v.unflatten(-1, (HV, V))
 
 
-def _check(
-    proj: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, heads: Heads, cu_seqlens: Tensor | None
-) -> None:
-    H, K, HV, V = heads
+def _check(proj: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor, heads: Heads, cu_seqlens: Tensor | None) -> None:
+    H, HV = heads.H, heads.HV
     if proj.ndim != 3 or proj.shape[-1] < heads.columns:
         raise ValueError(f"proj is {tuple(proj.shape)}; expected [B, T, P] with P >= {heads.columns} columns of q, k, v, a, b")
     if conv_weight.ndim != 2 or conv_weight.shape[0] != heads.channels:

@@ -30,7 +30,7 @@ def gated_delta_rule(
     q, k [B, T, H, K], L2-normalised by the caller; v [B, T, HV, V] with HV a multiple of H; g [B, T, HV] log decay <= 0;
     beta [B, T, HV] write strength in [0, 2); scale defaults to K ** -0.5; initial_state [N, HV, K, V], zeros if None.
     cu_seqlens: int32 [N + 1], then B == 1 and the state is reset at each of these boundaries; sequences may be empty. The GPU
-    kernels read it on the device and never wait for it: there its values, from 0 to T without falling, are the caller's promise.
+    kernels read it on the device and never wait for it: that it runs from 0 to T without falling is there the caller's word.
     Returns o [B, T, HV, V] in v's dtype. Sums and states are float32 (float64 for float64 input).
     Raises ValueError for shapes that do not fit, BackendError for a backend that does not exist or cannot serve.
     """

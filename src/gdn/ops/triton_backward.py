@@ -22,7 +22,8 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn.ops.triton_configs import configuration
-from gdn.ops.triton_forward import C, Chunks, Intra, on_hopper, place, precision
+from gdn.ops.triton_forward import C, Chunks, Intra, chunks_of, on_hopper, place, precision, transitions
+from gdn.ops.triton_segments import chain, segments_of
 
 
 class Gradients(NamedTuple):
@@ -53,39 +54,65 @@ def backward(
     d_initial = X.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32) if with_initial_state else None
     BK = min(K, 128)
     dq, dk = (q.new_empty(B, T, HV, K) for _ in "qk")
-    if on_hopper(X, chunks):
-        from gdn.ops.triton_hopper_states import run_states
-
-        run_states(
-            q, k, do, intra.A, intra.P, intra.gates, dv, None, d_states, d_final_state, d_initial, scale, reverse=True
-        )  # fmt: skip
+    segments = segments_of(T, chunks.cu_seqlens is not None)
+    if segments.count == 1:
+        carry_back(q, k, do, intra, d_final_state, dv, d_states, d_initial, scale, chunks)
     else:
-        config = configuration("d_states", q, V)
-        _d_states[(chunks.sequences * HV * (V // config.block),)](
-            q, k, intra.A, intra.P, intra.gates, do, d_final_state, dv, d_states, d_initial, chunks.cu_seqlens, chunks.first,
-            scale, T, chunks.per_row, H=H, HV=HV, K=K, V=V, BK=BK, BV=config.block, PRECISION=precision(X), **config.launch(),
-        )  # fmt: skip
+        q_, k_, do_, dv_ = (segments.cut(x) for x in (q, k, do, dv))
+        inner = chunks_of(q_.shape[0], q_.shape[1], None)
+        starts = X.new_empty(len(q_), HV, K, V, dtype=torch.float32)
+        carry_back(q_, k_, do_, intra, None, dv_, d_states, starts, scale, inner)
+        ends = chain(transitions(q_, k_, intra, scale, inner), starts, d_final_state, segments, reverse=True)
+        carry_back(q_, k_, do_, intra, ends, dv_, d_states, starts, scale, inner)
+        if d_initial is not None:
+            d_initial.copy_(starts[:: segments.count])
     if on_hopper(X, chunks) and K >= 128:
         from gdn.ops.triton_hopper_gradients import run_gradients
 
-        partial = X.new_empty(K // 64, chunks.count, HV, 4, C, dtype=torch.float32)
+        partial = X.new_empty(K // 64, chunks.total, HV, 4, C, dtype=torch.float32)
         run_gradients(q, k, intra.gates, X, states, do, dv, d_states, dq, dk, partial, scale)
     else:
-        partial = X.new_empty(K // BK, chunks.count, HV, 4, C, dtype=torch.float32)
+        partial = X.new_empty(K // BK, chunks.total, HV, 4, C, dtype=torch.float32)
         config = configuration("gradients", q, V)
-        _gradients[(chunks.count * HV * (K // BK),)](
+        _gradients[(chunks.total * HV * (K // BK),)](
             q, k, intra.gates, X, states, do, dv, d_states, dq, dk, partial, chunks.cu_seqlens, chunks.first,
-            chunks.sequence, scale, T, chunks.per_row, chunks.sequences, chunks.count * HV,
+            chunks.sequence, scale, T, chunks.per_row, chunks.sequences, chunks.total * HV,
             H=H, HV=HV, K=K, V=V, BK=BK, BV=config.block, PRECISION=precision(X), **config.launch(),
         )  # fmt: skip
     dg, dbeta = (X.new_empty(B, T, HV, dtype=torch.float32) for _ in "gb")
-    _finish[(chunks.count * HV,)](
+    _finish[(chunks.total * HV,)](
         partial, intra.gates, dg, dbeta, chunks.cu_seqlens, chunks.first, chunks.sequence, T, chunks.per_row,
-        chunks.sequences, chunks.count * HV, HV=HV, PARTS=len(partial), num_warps=2,
+        chunks.sequences, chunks.total * HV, HV=HV, PARTS=len(partial), num_warps=2,
     )  # fmt: skip
     if HV > H:
         dq, dk = (x.view(B, T, H, HV // H, K).sum(3, dtype=torch.float32).to(x.dtype) for x in (dq, dk))
     return Gradients(dq, dk, dv, dg, dbeta, d_initial)
+
+
+def carry_back(
+    q: Tensor,
+    k: Tensor,
+    do: Tensor,
+    intra: Intra,
+    d_final_state: Tensor | None,
+    dv: Tensor,
+    d_states: Tensor,
+    d_initial: Tensor | None,
+    scale: float,
+    chunks: Chunks,
+) -> None:
+    """The mirror of `carry`: fills dv, d_states, and d_initial if it is given."""
+    (_, T, H, K), (HV, V) = q.shape, do.shape[2:]
+    if on_hopper(do, chunks):
+        from gdn.ops.triton_hopper_states import run_states
+
+        run_states(q, k, do, *intra, dv, None, d_states, d_final_state, d_initial, scale, reverse=True)
+        return
+    config = configuration("d_states", q, V)
+    _d_states[(chunks.sequences * HV * (V // config.block),)](
+        q, k, *intra, do, d_final_state, dv, d_states, d_initial, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
+        H=H, HV=HV, K=K, V=V, BK=min(K, 128), BV=config.block, PRECISION=precision(do), **config.launch(),
+    )  # fmt: skip
 
 
 @triton.jit

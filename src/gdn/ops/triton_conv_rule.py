@@ -57,7 +57,7 @@ def _run(
     q, k, v = conv_forward(proj, conv_weight, conv_bias, *heads, conv_state, cu_seqlens)
     g, beta = gates_forward(proj, heads.channels, heads.channels + heads.HV, A_log, dt_bias, allow_neg_eigval)
     result = forward(
-        q, k, v, g, beta, heads.K**-0.5, initial_state, chunks_of(*proj.shape[:2], cu_seqlens),
+        q, k, v, g, beta, heads.K**-0.5, initial_state, chunks_of(proj.shape[0], proj.shape[1], cu_seqlens),
         with_final_state=initial_state is not None, for_backward=for_backward,
     )  # fmt: skip
     return q, k, result
@@ -165,7 +165,7 @@ def _backward(
     sizes = Heads(*heads)
     q, k, X, states, A, P, gates = saved
     result = backward(
-        q, k, sizes.K**-0.5, Intra(A, P, gates), X, states, do, d_final_state, chunks_of(*proj.shape[:2], cu_seqlens),
+        q, k, sizes.K**-0.5, Intra(A, P, gates), X, states, do, d_final_state, chunks_of(proj.shape[0], proj.shape[1], cu_seqlens),
         with_initial_state=with_initial_state,
     )  # fmt: skip
     dproj = torch.empty(proj.shape, dtype=proj.dtype, device=proj.device)
@@ -203,7 +203,7 @@ def _(
     d_final_state: Tensor | None,
     with_initial_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    H, K, HV, V = heads
+    _, K, HV, V = heads
     empty = proj.new_empty(0, dtype=torch.float32)
     N = proj.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
     return (

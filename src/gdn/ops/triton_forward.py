@@ -6,8 +6,8 @@ writes before its write strength (`chunked` has the algebra, docs/derivation.md 
     A = G * (I + tril(k k^T, -1) diag(beta))^-1    P = scale G * (q k^T) diag(beta)    G_ij = exp(gc_i - gc_j), i >= j
     X = A (v - exp(gc) k S)        o = scale exp(gc) q S + P X        S' = exp(gc_C) S + k^T (beta exp(gc_C - gc) X)
 
-`_intra` makes A, P and the gate vectors for all chunks at once; `_states` carries S, transposed to [V, K]: its rows then are the
-rows of every product, S and X go from one product to the next in registers, and V splits over programs without a sum across them.
+`_intra` makes A, P and the gate vectors for all chunks at once; `_states` carries S, transposed to [V, K]: its rows then are
+the rows of every product, S and X go from one product to the next in registers, and V splits over programs with no sum across.
 Launchers only; autograd and checks are elsewhere. Sums of every output are in a fixed order: docs/numerics.md.
 """
 
@@ -18,7 +18,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from gdn.ops.triton_configs import Config, configuration
+from gdn.ops.triton_configs import configuration
+from gdn.ops.triton_segments import Segments, chain, segments_of
 
 C = 64  # tokens a chunk: the M of one Hopper tensor-core instruction, and the grid that prefill splits keep bits on
 _MIN_G = -104.0  # exp of it is 0 in float32: smaller ones, -inf too, mean the same, and sums of them stay finite
@@ -27,12 +28,12 @@ _MIN_G = -104.0  # exp of it is 0 in float32: smaller ones, -inf too, mean the s
 class Chunks(NamedTuple):
     """Where each chunk of 64 tokens lies. A grid starts with each sequence: packed, a document has the bits it has alone."""
 
-    count: int  # chunks at most: grids and buffers have this size, whatever lies in cu_seqlens
+    total: int  # chunks at most: grids and buffers have this size, whatever lies in cu_seqlens
     per_row: int  # chunks a row of a batch; unused if packed
     sequences: int
     cu_seqlens: Tensor | None  # int32 [N + 1]
     first: Tensor | None  # int32 [N + 1]: the number of each sequence's first chunk
-    sequence: Tensor | None  # int32 [count]: the sequence of each chunk, N for the unused ones at the end
+    sequence: Tensor | None  # int32 [total]: the sequence of each chunk, N for the unused ones at the end
 
 
 def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
@@ -41,12 +42,12 @@ def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
         per_row = triton.cdiv(T, C)
         return Chunks(B * per_row, per_row, B, None, None, None)
     N = len(cu_seqlens) - 1
-    count = triton.cdiv(T, C) + N
+    total = triton.cdiv(T, C) + N
     first = torch.zeros_like(cu_seqlens)
     torch.cumsum((cu_seqlens.diff() + (C - 1)) // C, 0, dtype=torch.int32, out=first[1:])
-    numbers = torch.arange(count, device=cu_seqlens.device, dtype=torch.int32)
+    numbers = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)
     sequence = torch.searchsorted(first[1:], numbers, right=True, out_int32=True)
-    return Chunks(count, 0, N, cu_seqlens, first, sequence)
+    return Chunks(total, 0, N, cu_seqlens, first, sequence)
 
 
 class Intra(NamedTuple):
@@ -80,35 +81,71 @@ def forward(
     for_backward: bool,
 ) -> Forward:
     """All tensors contiguous, q, k, v of one dtype; shapes as in `gated_delta_rule`."""
-    (B, T, H, K), (HV, V) = q.shape, v.shape[2:]
+    T, K, (HV, V) = q.shape[1], q.shape[3], v.shape[2:]
     intra = _run_intra(q, k, g, beta, scale, chunks)
     o = torch.empty_like(v)
     X = torch.empty_like(v) if for_backward else None
-    states = v.new_empty(chunks.count, HV, V, K) if for_backward else None
+    states = v.new_empty(chunks.total, HV, V, K) if for_backward else None
     final_state = v.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32) if with_final_state else None
+    segments = segments_of(T, chunks.cu_seqlens is not None) if for_backward else Segments(1, T)
+    if segments.count == 1:
+        carry(q, k, v, intra, initial_state, o, X, states, final_state, scale, chunks)
+        return Forward(o, final_state, X, states, intra)
+    q, k, v = (segments.cut(x) for x in (q, k, v))
+    chunks = chunks_of(v.shape[0], v.shape[1], None)
+    ends = v.new_empty(len(v), HV, K, V, dtype=torch.float32)
+    carry(q, k, v, intra, None, segments.cut(o), None, None, ends, scale, chunks)
+    starts = chain(transitions(q, k, intra, scale, chunks), ends, initial_state, segments, reverse=False)
+    assert X is not None
+    carry(q, k, v, intra, starts, segments.cut(o), segments.cut(X), states, ends, scale, chunks)
+    if final_state is not None:
+        final_state.copy_(ends[segments.count - 1 :: segments.count])
+    return Forward(o, final_state, X, states, intra)
+
+
+def carry(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    intra: Intra,
+    initial_state: Tensor | None,
+    o: Tensor,
+    X: Tensor | None,
+    states: Tensor | None,
+    final_state: Tensor | None,
+    scale: float,
+    chunks: Chunks,
+) -> None:
+    """Run the recurrence over chunks from initial_state on; fills o and whichever of X, states and final_state are given."""
+    (_, T, H, K), (HV, V) = q.shape, v.shape[2:]
     if on_hopper(v, chunks):
         from gdn.ops.triton_hopper_states import run_states
 
-        run_states(
-            q, k, v, intra.A, intra.P, intra.gates, o, X, states, initial_state, final_state, scale, reverse=False
-        )  # fmt: skip
-        return Forward(o, final_state, X, states, intra)
+        run_states(q, k, v, *intra, o, X, states, initial_state, final_state, scale, reverse=False)
+        return
     config = configuration("states", q, V)
-    grid = (chunks.sequences * HV * (V // config.block),)
-    _states[grid](
-        q, k, v, intra.A, intra.P, intra.gates, initial_state, o, X, states, final_state, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
-        H=H, HV=HV, K=K, V=V, BK=min(K, 128), BV=config.block, PRECISION=precision(v),
-        **config.launch(),
+    _states[(chunks.sequences * HV * (V // config.block),)](
+        q, k, v, *intra, initial_state, o, X, states, final_state, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
+        H=H, HV=HV, K=K, V=V, BK=min(K, 128), BV=config.block, PRECISION=precision(v), **config.launch(),
     )  # fmt: skip
-    return Forward(o, final_state, X, states, intra)
+
+
+def transitions(q: Tensor, k: Tensor, intra: Intra, scale: float, chunks: Chunks) -> Tensor:
+    """[B, HV, K, K] float32: what each row makes of a state, apart from what its values add."""
+    (B, T, _, K), HV = q.shape, intra.gates.shape[1]
+    values = q.new_zeros(B, T, HV, K)
+    identity = torch.eye(K, dtype=torch.float32, device=q.device).expand(B, HV, K, K).contiguous()
+    result = torch.empty_like(identity)
+    carry(q, k, values, intra, identity, torch.empty_like(values), None, None, result, scale, chunks)
+    return result
 
 
 def _run_intra(q: Tensor, k: Tensor, g: Tensor, beta: Tensor, scale: float, chunks: Chunks) -> Intra:
     (_, T, H, K), HV = q.shape, g.shape[2]
-    A, P = (q.new_empty(chunks.count, HV, C, C) for _ in "AP")
-    gates = q.new_empty(chunks.count, HV, 7, C, dtype=torch.float32)
+    A, P = (q.new_empty(chunks.total, HV, C, C) for _ in "AP")
+    gates = q.new_empty(chunks.total, HV, 7, C, dtype=torch.float32)
     config = configuration("intra", q, K)
-    _intra[(chunks.count * HV,)](
+    _intra[(chunks.total * HV,)](
         q, k, g, beta, A, P, gates, chunks.cu_seqlens, chunks.first, chunks.sequence, scale, T, chunks.per_row,
         chunks.sequences, H=H, HV=HV, K=K, BK=config.block, MIN_G=_MIN_G,
         **config.launch(),
@@ -188,8 +225,8 @@ def _intra(
     dtype = A.dtype.element_ty
     tl.store(P + square, tl.where(i >= j, qk * decay * scale, 0.0).to(dtype))
 
-    # Inverse of I + lower by doubling: right on diagonal blocks of s tokens, then of 2 s. No powers of `lower` are formed, which
-    # repeated keys would let grow. Its entries are of order 1, so that float16 serves as well as tf32 between 16-bit products.
+    # Inverse of I + lower by doubling: right on diagonal blocks of s tokens, then of 2 s. No powers of `lower` are formed,
+    # which repeated keys would let grow. Its entries are of order 1: float16 serves as well as tf32 between 16-bit products.
     narrow = tl.float32 if dtype == tl.float32 else tl.float16
     apart = i ^ j
     lower = tl.where(i > j, kk * decay, 0.0)
@@ -258,9 +295,7 @@ def _states(
         X_ = tl.dot((v_ - before[None, :] * U).to(dtype), tl.trans(tl.load(A + square)), input_precision=PRECISION)
         if X is not None:
             tl.store(X + own, X_.to(dtype), mask=valid[None, :])
-        o_ = tl.dot(
-            X_.to(dtype), tl.trans(tl.load(P + square)), o_ * (before * scale)[None, :], input_precision=PRECISION
-        )
+        o_ = tl.dot(X_.to(dtype), tl.trans(tl.load(P + square)), o_ * (before * scale)[None, :], input_precision=PRECISION)
         tl.store(o + own, o_.to(dtype), mask=valid[None, :])
         over = tl.load(gates + tile * 7 + 63)
         wrote = (X_ * tl.load(gates + tile * 7 + 64 + rows)[None, :]).to(dtype)

@@ -1,8 +1,8 @@
 """The rule's gradients chunk by chunk on Hopper: `triton_backward._gradients` with asynchronous copies and tensor cores.
 
-A tile is one chunk, one head and 128 columns of the keys. One program an SM walks over its tiles: two groups of four warps take 64
-columns each and never wait for each other; a single further warp keeps three blocks of the next inputs on their way from memory.
-Same algebra and names as in `triton_backward`.
+A tile is one chunk, one head and 128 columns of the keys. One program an SM walks over its tiles: two groups of four warps take
+64 columns each and never wait for each other; a single further warp keeps three blocks of the next inputs on their way from
+memory. Same algebra and names as in `triton_backward`.
 """
 
 import torch
@@ -55,7 +55,7 @@ def run_gradients(
 
 @gluon.jit
 def _tile(t, per_row, HV: gl.constexpr, NK: gl.constexpr):
-    """Number of a tile -> its row of the batch, first token there, value head, block of key columns, and chunk and head in one."""
+    """Number of a tile -> its row of the batch, first token there, value head, block of keys, and chunk and head in one."""
     kb = t % NK
     chunk = t // NK // HV
     hv = t // NK % HV
@@ -99,7 +99,7 @@ def _load(
                     column = hv // (HV // H) * K + kb * 128 + group * 64
                     tma.async_copy_global_to_shared(q_in, [b, start, column], keys_full, q.index(group))
                     tma.async_copy_global_to_shared(k_in, [b, start, column], keys_full, k.index(group))
-        visit += 1
+        visit += 1  # noqa: SIM113 (no enumerate in a kernel)
 
 
 @gluon.jit
@@ -209,7 +209,7 @@ def _compute(
         place = ((b.to(gl.int64) * T + start) * HV + hv) * K + kb * 128 + GROUP * 64
         _store_rows(dq + place, read.to(dtype), T - start, HV * K)
         _store_rows(dk + place, erased.to(dtype), T - start, HV * K)
-        visit += 1
+        visit += 1  # noqa: SIM113 (no enumerate in a kernel)
 
 
 @gluon.jit

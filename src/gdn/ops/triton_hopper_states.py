@@ -1,9 +1,9 @@
 """The recurrence over chunks on Hopper, forward and backward: `triton_forward._states` and `triton_backward._d_states` with
 asynchronous copies and tensor cores. Same algebra, same names.
 
-A program owns 128 values of one head of one sequence. Two groups of four warps hold 64 rows of the transposed state each, [64, K]
-float32 in registers, and share what a single further warp copies from memory two chunks ahead. The groups never wait for each
-other: while one rounds and scales, the other's products run.
+A program owns 128 values of one head of one sequence. Two groups of four warps hold 64 rows of the transposed state each, [64,
+K] float32 in registers, and share what a single further warp copies from memory two chunks ahead. The groups never wait for
+each other: while one rounds and scales, the other's products run.
 """
 
 from functools import cache
@@ -22,7 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 RING = gl.constexpr(2)  # chunks in flight
-# Tensor-core results: [64, 64], and the operand in registers that has a result's places. Rows are values, columns tokens or keys.
+# Tensor-core results [64, 64], and the operand in registers with a result's places. Rows are values, columns tokens or keys.
 _SQUARE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
 _OPERAND = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]), 2))
 _TOKEN = gl.constexpr(gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])))
