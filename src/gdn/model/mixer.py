@@ -1,6 +1,6 @@
 """The token mixer: projections, short convolutions, gates, the gated delta rule and the gated output norm."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,9 @@ from gdn.model.config import ModelConfig
 from gdn.model.layers import GatedRMSNorm, Linear, RMSNorm
 from gdn.ops import (
     beta_gate,
+    conv_gated_delta_rule,
+    conv_gated_delta_rule_step,
+    conv_gated_delta_rule_with_state,
     decay_gate,
     gated_delta_rule,
     gated_delta_rule_step,
@@ -19,6 +22,7 @@ from gdn.ops import (
     short_conv_step,
     short_conv_with_state,
 )
+from gdn.ops.backend import choose_backend
 
 
 class LayerState(NamedTuple):
@@ -78,6 +82,19 @@ class GatedDeltaNet(nn.Module):
 
     def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]; the state, if given, is read and updated in place, without gradients."""
+        config = self.config
+        size = (x.device, x.dtype, config.head_dim, config.head_v_dim)
+        fused = config.use_short_conv and choose_backend("auto", *size) == "triton"
+        o = (self._fused_rule if fused else self._rule)(x, state, cu_seqlens)
+        if config.use_gate:
+            o = self.o_norm(o, self.g_proj(x).view(o.shape))
+        else:
+            o = self.o_norm(o)
+        out: Tensor = self.o_proj(o.flatten(-2))
+        return out
+
+    def _rule(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
+        """The rule's output [B, T, HV, V], piece by piece."""
         B, T, _ = x.shape
         config = self.config
         q, k, v = self._convolve(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, cu_seqlens)
@@ -86,19 +103,42 @@ class GatedDeltaNet(nn.Module):
         v = v.view(B, T, config.value_heads, config.head_v_dim)
         g, beta = self.gates(x)
         if state is None:
-            o = gated_delta_rule(q, k, v, g, beta, cu_seqlens=cu_seqlens)
-        elif cu_seqlens is None and T == 1 and not torch.is_grad_enabled():
+            return gated_delta_rule(q, k, v, g, beta, cu_seqlens=cu_seqlens)
+        if cu_seqlens is None and T == 1 and not torch.is_grad_enabled():
             q, k, v, g, beta = (tensor.squeeze(1) for tensor in (q, k, v, g, beta))
-            o = gated_delta_rule_step(q, k, v, g, beta, state.recurrent).unsqueeze(1)
-        else:
-            o, final = gated_delta_rule_with_state(q, k, v, g, beta, initial_state=state.recurrent, cu_seqlens=cu_seqlens)
-            state.recurrent.copy_(final.detach())
-        if config.use_gate:
-            o = self.o_norm(o, self.g_proj(x).view(o.shape))
-        else:
-            o = self.o_norm(o)
-        out: Tensor = self.o_proj(o.flatten(-2))
-        return out
+            return gated_delta_rule_step(q, k, v, g, beta, state.recurrent).unsqueeze(1)
+        o, final = gated_delta_rule_with_state(q, k, v, g, beta, initial_state=state.recurrent, cu_seqlens=cu_seqlens)
+        state.recurrent.copy_(final.detach())
+        return o
+
+    def _fused_rule(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
+        """As `_rule`, by the GPU kernels that read all of it from one projection."""
+        projections = (self.q_proj, self.k_proj, self.v_proj, self.a_proj, self.b_proj)
+        convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
+        weight = torch.cat([conv.weight.squeeze(1) for conv in convolutions])
+        biases = [conv.bias for conv in convolutions if conv.bias is not None]
+        bias = torch.cat(biases) if biases else None
+        parameters = (weight, bias, self.A_log, self.dt_bias)
+        sizes: dict[str, Any] = {
+            "num_heads": self.config.num_heads,
+            "head_dim": self.config.head_dim,
+            "num_v_heads": self.config.value_heads,
+            "head_v_dim": self.config.head_v_dim,
+            "allow_neg_eigval": self.config.allow_neg_eigval,
+        }
+        if state is not None and cu_seqlens is None and x.shape[1] == 1 and not torch.is_grad_enabled():
+            row = torch.cat([projection(x) for projection in projections], dim=-1).squeeze(1)
+            return conv_gated_delta_rule_step(row, *parameters, state.conv, state.recurrent, **sizes).unsqueeze(1)
+        # Joining the weights costs less than joining what they make: there are more tokens than hidden units.
+        proj = F.linear(x, torch.cat([projection.weight for projection in projections]).to(x.dtype))
+        if state is None:
+            return conv_gated_delta_rule(proj, *parameters, cu_seqlens=cu_seqlens, **sizes)
+        o, conv, final = conv_gated_delta_rule_with_state(
+            proj, *parameters, state.conv, state.recurrent, cu_seqlens=cu_seqlens, **sizes
+        )
+        state.conv.copy_(conv.detach())
+        state.recurrent.copy_(final.detach())
+        return o
 
     def _convolve(
         self, q: Tensor, k: Tensor, v: Tensor, state: LayerState | None, cu_seqlens: Tensor | None

@@ -55,7 +55,7 @@ def backward(
     BK = min(K, 128)
     dq, dk = (q.new_empty(B, T, HV, K) for _ in "qk")
     segments = segments_of(T, chunks.cu_seqlens is not None)
-    if segments.count == 1:
+    if segments.parts == 1:
         carry_back(q, k, do, intra, d_final_state, dv, d_states, d_initial, scale, chunks)
     else:
         q_, k_, do_, dv_ = (segments.cut(x) for x in (q, k, do, dv))
@@ -65,7 +65,7 @@ def backward(
         ends = chain(transitions(q_, k_, intra, scale, inner), starts, d_final_state, segments, reverse=True)
         carry_back(q_, k_, do_, intra, ends, dv_, d_states, starts, scale, inner)
         if d_initial is not None:
-            d_initial.copy_(starts[:: segments.count])
+            d_initial.copy_(starts[:: segments.parts])
     if on_hopper(X, chunks) and K >= 128:
         from gdn.ops.triton_hopper_gradients import run_gradients
 

@@ -165,8 +165,8 @@ def _backward(
     sizes = Heads(*heads)
     q, k, X, states, A, P, gates = saved
     result = backward(
-        q, k, sizes.K**-0.5, Intra(A, P, gates), X, states, do, d_final_state, chunks_of(proj.shape[0], proj.shape[1], cu_seqlens),
-        with_initial_state=with_initial_state,
+        q, k, sizes.K**-0.5, Intra(A, P, gates), X, states, do, d_final_state,
+        chunks_of(proj.shape[0], proj.shape[1], cu_seqlens), with_initial_state=with_initial_state,
     )  # fmt: skip
     dproj = torch.empty(proj.shape, dtype=proj.dtype, device=proj.device)
     dproj[..., sizes.columns :] = 0

@@ -88,7 +88,7 @@ def forward(
     states = v.new_empty(chunks.total, HV, V, K) if for_backward else None
     final_state = v.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32) if with_final_state else None
     segments = segments_of(T, chunks.cu_seqlens is not None) if for_backward else Segments(1, T)
-    if segments.count == 1:
+    if segments.parts == 1:
         carry(q, k, v, intra, initial_state, o, X, states, final_state, scale, chunks)
         return Forward(o, final_state, X, states, intra)
     q, k, v = (segments.cut(x) for x in (q, k, v))
@@ -99,7 +99,7 @@ def forward(
     assert X is not None
     carry(q, k, v, intra, starts, segments.cut(o), segments.cut(X), states, ends, scale, chunks)
     if final_state is not None:
-        final_state.copy_(ends[segments.count - 1 :: segments.count])
+        final_state.copy_(ends[segments.parts - 1 :: segments.parts])
     return Forward(o, final_state, X, states, intra)
 
 

@@ -19,12 +19,12 @@ LONG = 16384
 
 
 class Segments(NamedTuple):
-    count: int  # a sequence; 1: it is not cut
+    parts: int  # of a sequence; 1: it is not cut
     tokens: int
 
     def cut(self, x: Tensor) -> Tensor:
-        """[B, T, ...] -> [B * count, tokens, ...]"""
-        return x.view(x.shape[0] * self.count, self.tokens, *x.shape[2:])
+        """[B, T, ...] -> [B * parts, tokens, ...]"""
+        return x.view(x.shape[0] * self.parts, self.tokens, *x.shape[2:])
 
 
 def segments_of(T: int, packed: bool) -> Segments:
@@ -34,14 +34,14 @@ def segments_of(T: int, packed: bool) -> Segments:
 
 
 def chain(M: Tensor, L: Tensor, first: Tensor | None, segments: Segments, *, reverse: bool) -> Tensor:
-    """Float32 [B * count, HV, K, V]: x of each segment, `first` (or zeros) for the first, then M x + L of the one before it.
+    """Float32 [B * parts, HV, K, V]: x of each segment, `first` (or zeros) for the first, then M x + L of the one before it.
 
-    M [B * count, HV, K, K], L [B * count, HV, K, V], first [B, HV, K, V]; reverse: from the last segment on, M transposed.
+    M [B * parts, HV, K, K], L [B * parts, HV, K, V], first [B, HV, K, V]; reverse: from the last segment on, M transposed.
     """
     n, HV, K, V = L.shape
     out = torch.empty_like(L)
-    _chain[(n // segments.count * HV * (V // 16),)](
-        M, L, first, out, segments.count, HV=HV, K=K, V=V, REVERSE=reverse, num_warps=4
+    _chain[(n // segments.parts * HV * (V // 16),)](
+        M, L, first, out, segments.parts, HV=HV, K=K, V=V, REVERSE=reverse, num_warps=4
     )  # fmt: skip
     return out
 
