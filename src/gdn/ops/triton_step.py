@@ -22,8 +22,10 @@ class StepConfig(NamedTuple):
     evict_first: bool  # tell the L2 cache that this state is not needed again soon
 
 
-# One for every batch: the order of the sums over K depends on columns and warps, and a row has the same bits in any batch.
+# One for every batch: the order of the sums over K depends on columns and warps, and a row has the same bits in any batch. The
+# hint changes no bits: it helps states up to about the size of the L2 cache and harms larger ones (H200, docs/log.md).
 CONFIG = StepConfig(32, 4, False)
+SMALL, SMALL_BYTES = StepConfig(32, 4, True), 32 << 20
 # What there is to choose from, for whoever tunes: 64 floats of the state a thread at K = 256, 32 in the last three.
 CANDIDATES = tuple(
     StepConfig(columns, num_warps, evict_first)
@@ -33,7 +35,7 @@ CANDIDATES = tuple(
 
 
 def step(
-    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, config: StepConfig = CONFIG
+    q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, state: Tensor, scale: float, config: StepConfig | None = None
 ) -> Tensor:
     """One token for each row: `state` [B, HV, K, V] float32 is updated in place; returns o [B, HV, V] in v's dtype.
 
@@ -41,10 +43,13 @@ def step(
     power of 2, V a multiple of 32. One launch: it can be captured in a CUDA graph.
     """
     (B, H, K), (HV, V) = q.shape, v.shape[1:]
-    assert state.dtype == torch.float32 and state.shape == (B, HV, K, V) and state.stride()[2:] == (V, 1)
+    if state.shape != (B, HV, K, V) or state.stride()[2:] != (V, 1):
+        raise ValueError(f"state is {tuple(state.shape)}, strides {state.stride()}; expected {(B, HV, K, V)}, contiguous")
     # Anything else is read in narrower pieces, slowly, and summed in another order.
-    assert state.data_ptr() % 16 == state.stride(0) % 16 == state.stride(1) % 16 == 0
-    assert q.stride(2) == k.stride(2) == v.stride(2) == 1
+    if state.data_ptr() % 16 or state.stride(0) % 16 or state.stride(1) % 16:
+        raise ValueError(f"state starts at {state.data_ptr()}, strides {state.stride()}; expected multiples of 16")
+    q, k, v = (x if x.stride(2) == 1 else x.contiguous() for x in (q, k, v))
+    config = config or (SMALL if state.nbytes <= SMALL_BYTES else CONFIG)
     o = torch.empty(B, HV, V, dtype=v.dtype, device=v.device)
     columns = min(config.columns, V & -V)
     _step[(B * HV * (V // columns),)](
