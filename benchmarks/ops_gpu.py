@@ -1,6 +1,6 @@
 """The operators on a GPU beside their peers, in one process, and each as a share of what this machine could do.
 
-python benchmarks/ops_gpu.py [--rows bare256,bare128,layer,step,long] [--write [--output FOLDER]]
+python benchmarks/ops_gpu.py [--rows bare256,bare128,layer,step,long] [--peers fla,...] [--write [--output FOLDER]]
                              [--accuracy | --profile | --tune-step]
 
 Ceilings of the machine, measured first: bf16 product of 8192 x 8192 matrices of random numbers, and a copy of 2 GiB, counting
@@ -35,6 +35,7 @@ Run = Callable[[], object]
 RESULTS = Path(__file__).parent / "results"
 BARE_256, BARE_128, LONG = Shape(16, 2048, 4, 256, 256), Shape(16, 2048, 8, 128, 128), Shape(1, 32768, 4, 256, 256)
 ROWS = ("bare256", "bare128", "layer", "step", "long")
+PEERS = ("fla", "fla_activations", "fla_without_cat", "flash_qla", "flashinfer")
 LAYERS, STEP_BATCHES = 21, (1, 16, 64, 256)
 
 
@@ -154,8 +155,11 @@ def layer_columns(shape: Shape, seed: int) -> dict[str, Column]:
     }
 
 
-def phases_of(shape: Shape, columns: dict[str, Column], floors: dict[str, tuple[float, float]], limits: Result) -> Result:
+def phases_of(
+    shape: Shape, columns: dict[str, Column], floors: dict[str, tuple[float, float]], limits: Result, wanted: set[str]
+) -> Result:
     """Forward without gradients, and forward + backward with the memory it takes; floors: bytes and flops of each."""
+    columns = {name: column for name, column in columns.items() if name in wanted | {"gdn"}}
     B, T, H, _, V = shape
     do = Random(99).normal(B, T, H, V, dtype=torch.bfloat16)
     row: Result = {}
@@ -189,24 +193,24 @@ def with_floor(results: dict[str, Result], moved: float, flops: float, limits: R
     return {"floor_ms": floor_ms, "bytes": moved, "flops": flops} | results
 
 
-def rule_row(shape: Shape, limits: Result, seed: int) -> Result:
+def rule_row(shape: Shape, limits: Result, seed: int, wanted: set[str]) -> Result:
     B, T, H, K, V = shape
     tokens, product = B * T * H, B * T * H * K * V
     floors = {
         "forward": (2 * tokens * (2 * K + 2 * V) + 8 * tokens, 6 * product),
         "forward_backward": (2 * tokens * (6 * K + 5 * V) + 24 * tokens, 18 * product),
     }
-    return phases_of(shape, rule_columns(shape, seed), floors, limits)
+    return phases_of(shape, rule_columns(shape, seed), floors, limits, wanted)
 
 
-def layer_row(limits: Result) -> Result:
+def layer_row(limits: Result, wanted: set[str]) -> Result:
     B, T, H, K, V = BARE_256
     projection, output, product = H * (2 * K + V + 2), H * V, B * T * H * K * V
     floors = {
         "forward": (2 * B * T * (projection + output), 6 * product),
         "forward_backward": (2 * B * T * (3 * projection + 2 * output), 18 * product),
     }
-    return phases_of(BARE_256, layer_columns(BARE_256, 3), floors, limits)
+    return phases_of(BARE_256, layer_columns(BARE_256, 3), floors, limits, wanted)
 
 
 def step_inputs(B: int) -> list[list[Tensor]]:
@@ -304,6 +308,7 @@ def show(name: str, row: Result) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(ROWS), help="some of " + ",".join(ROWS))
+    parser.add_argument("--peers", default=",".join(PEERS), help="some of the default %(default)s; some tune for minutes")
     parser.add_argument("--write", action="store_true", help="write ops_<gpu>.json, or ops_accuracy_<gpu>.json")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="where to (default benchmarks/results)")
     parser.add_argument("--accuracy", action="store_true", help="errors against float64 instead of times")
@@ -315,6 +320,9 @@ def main(arguments: list[str] | None = None) -> None:
     rows = options.rows.split(",")
     if unknown := set(rows) - set(ROWS):
         parser.error(f"--rows: {', '.join(sorted(unknown))}: expected some of {', '.join(ROWS)}")
+    wanted = set(options.peers.split(","))
+    if unknown := wanted - set(PEERS):
+        parser.error(f"--peers: {', '.join(sorted(unknown))}: expected some of {', '.join(PEERS)}")
     gpu = torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0]
     print(f"{torch.cuda.get_device_name()}, torch {torch.__version__}", flush=True)
     about: Result = {
@@ -336,11 +344,11 @@ def main(arguments: list[str] | None = None) -> None:
     limits = ceilings()
     print(f"bf16 matmul {limits['matmul_tflops']:.0f} TFLOP/s, copy {limits['copy_tb_s']:.2f} TB/s")
     measure: dict[str, Callable[[], Result]] = {
-        "bare256": lambda: rule_row(BARE_256, limits, 1),
-        "bare128": lambda: rule_row(BARE_128, limits, 2),
-        "layer": lambda: layer_row(limits),
+        "bare256": lambda: rule_row(BARE_256, limits, 1, wanted),
+        "bare128": lambda: rule_row(BARE_128, limits, 2, wanted),
+        "layer": lambda: layer_row(limits, wanted),
         "step": lambda: step_row(limits),
-        "long": lambda: rule_row(LONG, limits, 5),
+        "long": lambda: rule_row(LONG, limits, 5, wanted),
     }
     units = "median ms; peak MiB beyond the inputs; share_of_floor = floor / time; times_gdn = time / gdn's"
     for name in rows:

@@ -1,4 +1,4 @@
-"""The layer by the fused operator is the layer piece by piece: its arguments, columns and states, with that operator in PyTorch."""
+"""The layer by the fused operator is the layer in pieces: its arguments, columns and states, with that operator in PyTorch."""
 
 from collections.abc import Callable
 from typing import Any
