@@ -257,8 +257,12 @@ def _doctor(args: argparse.Namespace) -> int:
 
     from gdn.doctor import examine, table
 
-    checks = examine()
-    Console().print(table(checks))
+    checks, console = [], Console()
+    with console.status("gdn doctor") as status:
+        for check in examine():
+            checks.append(check)
+            status.update(f"{len(checks)} checks done; the last: {check.name}")
+    console.print(table(checks))
     return 1 if any(check.ok is False for check in checks) else 0
 
 

@@ -81,7 +81,7 @@ def gated_delta_rule_chunked(
     state = v.new_zeros(N, HV, K, V, dtype=dtype) if initial_state is None else initial_state.to(dtype)
     if layout.order is not None:
         state = state[layout.order]
-    if not layout.running:
+    if not any(layout.running):
         return v.to(dtype), initial_state.to(dtype).clone() if initial_state is not None else state
     padding = -T % chunk if layout.gather is None else 1
     inputs = [x.to(dtype) for x in (q, k, v, g.unsqueeze(-1), beta.unsqueeze(-1))]

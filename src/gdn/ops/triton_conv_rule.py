@@ -137,8 +137,8 @@ def _(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     H, K, HV, V = heads
     B, T = proj.shape[:2]
-    per_row = (T + C - 1) // C
-    count = B * per_row if cu_seqlens is None else per_row + cu_seqlens.shape[0] - 1
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    count = B * ((T + C - 1) // C) if cu_seqlens is None else N + (T - N) // C
     o, final_state = _fake_outputs(proj, initial_state, Heads(*heads))
     q, square = proj.new_empty(B, T, H, K), proj.new_empty(count, HV, C, C)
     states, gates = proj.new_empty(count, HV, V, K), proj.new_empty(count, HV, 7, C, dtype=torch.float32)

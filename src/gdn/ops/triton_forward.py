@@ -42,7 +42,7 @@ def chunks_of(B: int, T: int, cu_seqlens: Tensor | None) -> Chunks:
         per_row = triton.cdiv(T, C)
         return Chunks(B * per_row, per_row, B, None, None, None)
     N = len(cu_seqlens) - 1
-    total = triton.cdiv(T, C) + N
+    total = N + (T - N) // C  # each sequence adds at most one chunk to what whole ones hold: so many if each begins one
     first = torch.zeros_like(cu_seqlens)
     torch.cumsum((cu_seqlens.diff() + (C - 1)) // C, 0, dtype=torch.int32, out=first[1:])
     numbers = torch.arange(total, device=cu_seqlens.device, dtype=torch.int32)

@@ -109,8 +109,8 @@ def _(
     with_final_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     (B, T, HV, V), K = v.shape, q.shape[-1]
-    per_row = (T + C - 1) // C
-    count = B * per_row if cu_seqlens is None else per_row + cu_seqlens.shape[0] - 1
+    N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
+    count = B * ((T + C - 1) // C) if cu_seqlens is None else N + (T - N) // C
     square = v.new_empty(count, HV, C, C)
     gates = v.new_empty(count, HV, 7, C, dtype=torch.float32)
     final_state = _fake_state(q, v, cu_seqlens, with_final_state)

@@ -1,0 +1,392 @@
+"""Whether the rule is right on this machine, on every backend that serves: the half of `gdn doctor` that computes and compares.
+
+Every result is compared with the recurrence, in float64 on the CPU, from the same rounded inputs.
+"""
+
+import importlib.metadata
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from gdn.ops import (
+    conv_gated_delta_rule,
+    conv_gated_delta_rule_step,
+    conv_gated_delta_rule_with_state,
+    gated_delta_rule_step,
+    gated_delta_rule_with_state,
+)
+from gdn.ops.backend import Backend, choose_backend, triton_refusal
+from gdn.ops.reference import gated_delta_rule_reference
+
+# Relative 2-norm of the error of outputs, states and gradients alike.
+TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+KEY_DIMS = (32, 64, 128, 256)  # of the PyTorch form; its values have the same size
+SIZES = ((128, 96), *((K, V) for K in (64, 128, 256) for V in (64, 128, 256)))  # K, V of the kernels; the last is the models'
+TOKENS = 64 + 5  # a whole chunk, and a rest that the state is carried to
+PACKED = (66, 0, 1, 2)  # tokens of each packed sequence
+LONG = 16384  # tokens of the shortest training sequence that is computed in segments
+STATED = ("o", "final_state")  # what the rule returns
+H, HV, W = 1, 2, 4  # heads, value heads, width of the convolution
+OLDEST_TRITON, OLDEST_HOPPER_TRITON, OLDEST_CAPABILITY = (3, 4), (3, 6), (8, 0)
+
+
+class Check(NamedTuple):
+    """One line of the examination; ok: passed, failed, or None for what is only reported."""
+
+    name: str
+    ok: bool | None
+    detail: str
+
+
+class Case(NamedTuple):
+    """One computation; lengths: of packed sequences, or None."""
+
+    device: str
+    K: int
+    V: int
+    lengths: tuple[int, ...] | None = None
+    B: int = 1
+
+    @property
+    def cu_seqlens(self) -> Tensor | None:
+        return None if self.lengths is None else torch.tensor([0, *self.lengths], device=self.device).cumsum(0).int()
+
+    @property
+    def sequences(self) -> int:
+        return self.B if self.lengths is None else len(self.lengths)
+
+    @property
+    def heads(self) -> dict[str, Any]:
+        return {"num_heads": H, "head_dim": self.K, "num_v_heads": HV, "head_v_dim": self.V}
+
+
+def pair_refusal(triton_version: str, capability: tuple[int, int]) -> str | None:
+    """Why the kernels must not run with this Triton on an NVIDIA GPU of this compute capability, and what helps; or None.
+
+    Not refused: Triton 3.4 to 3.7.0 on Hopper, which compile the transpose of a tensor-core result wrongly and silently
+    (flash-linear-attention #640; mended in 3.7.1). These kernels transpose what they loaded and never a result, and `kernels`
+    looks for what such a fault would do.
+    """
+    if capability < OLDEST_CAPABILITY:
+        return f"compute capability {_dotted(capability)} is below 8.0, without tensor cores for bfloat16; use backend 'torch'"
+    match = re.match(r"(\d+)\.(\d+)", triton_version)
+    if match is None:
+        return f"Triton calls itself {triton_version!r}; expected a version like 3.6.0: pip install 'triton>=3.6'"
+    version = int(match[1]), int(match[2])
+    if version < OLDEST_TRITON:
+        return f"Triton {triton_version} is too old, kernels were never tested below 3.4: pip install 'triton>=3.6'"
+    if capability[0] == 9 and version < OLDEST_HOPPER_TRITON:
+        return f"Triton {triton_version} lacks the Gluon that the kernels for Hopper need: pip install 'triton>=3.6'"
+    return None
+
+
+def choice(device: str) -> Check:
+    """Which backend `auto` uses on this device, and why."""
+    asked = torch.device(device), torch.float32, 128, 128  # a size that the kernels take: what is left is the device
+    chosen = choose_backend("auto", *asked)
+    if chosen == "triton":
+        reason = "its kernels serve K of 64, 128, 256 and V a multiple of 32 up to 512; 'torch' serves all else"
+    else:
+        reason = f"not 'triton': {triton_refusal(*asked) or 'the interpreter is for tests'}"
+    return Check(f"backend on {device}", None, f"'auto' takes {chosen!r}; {reason}")
+
+
+def rule(device: str) -> Iterator[Check]:
+    """The PyTorch form in float32: outputs, final state, every gradient, and single steps."""
+    dtypes = (torch.float32,)
+    for K in KEY_DIMS:
+        yield _verdict(f"rule, {device}, K = V = {K}", partial(_rule_errors, Case(device, K, K), "torch"), dtypes)
+    yield _verdict(f"rule, {device}, single steps", partial(_step_errors, Case(device, 64, 64), "torch"), dtypes)
+
+
+def kernels_on_gpu() -> Iterator[Check]:
+    """All of `kernels` and a long sequence, if Triton is here and not refused on this GPU. Compiling takes minutes, once."""
+    device = torch.device("cuda")
+    versions = [importlib.metadata.version(name) for name in importlib.metadata.packages_distributions().get("triton", ())]
+    if not versions:
+        yield Check("triton", None, "not installed: its kernels are not examined; pip install 'triton>=3.6'")
+        return
+    capability = torch.cuda.get_device_capability(device)
+    refusal = pair_refusal(versions[0], capability)
+    yield Check("triton", refusal is None, refusal or f"{versions[0]} on compute capability {_dotted(capability)}")
+    refusal = refusal or triton_refusal(device, torch.float32, 128, 128)
+    if refusal:
+        yield Check("triton, kernels", None, f"not run: {refusal}")
+        return
+    yield from kernels("cuda")
+    yield _verdict(f"triton, cuda, rule, T = {LONG}", partial(_long_errors, Case("cuda", 64, 64)), tuple(TOLERANCE))
+
+
+def kernels(
+    device: str, sizes: Sequence[tuple[int, int]] = SIZES, dtypes: Sequence[torch.dtype] = tuple(TOLERANCE)
+) -> Iterator[Check]:
+    """Every Triton kernel at every size: outputs, states, all gradients, steps; packed sequences; which bits must be equal."""
+    for K, V in sizes:
+        case, size = Case(device, K, V), f"K = {K}, V = {V}"
+        yield _verdict(f"triton, {device}, rule, {size}", partial(_rule_errors, case, "triton"), dtypes)
+        yield _verdict(f"triton, {device}, convolution and rule, {size}", partial(_conv_errors, case), dtypes)
+        yield _verdict(f"triton, {device}, steps, {size}", partial(_both_step_errors, case), dtypes)
+    for K, V in sizes:
+        if K != V and len(sizes) > 1:
+            continue
+        packed, size = Case(device, K, V, PACKED), f"packed, K = {K}, V = {V}"
+        yield _verdict(f"triton, {device}, rule, {size}", partial(_rule_errors, packed, "triton"), dtypes)
+        yield _verdict(f"triton, {device}, convolution and rule, {size}", partial(_conv_state_errors, packed), dtypes)
+    case = Case(device, *sizes[-1])
+    yield _same_bits(f"triton, {device}, same bits twice", partial(_repeated, case, dtypes[0]))
+    yield _same_bits(f"triton, {device}, rows of a batch = alone", partial(_rows, case._replace(B=2), dtypes[0]))
+
+
+Errors = dict[str, float]
+
+
+def _verdict(name: str, errors: Callable[[torch.dtype], Errors], dtypes: Sequence[torch.dtype]) -> Check:
+    """Passed if every error of every dtype is within its tolerance; the worst of each, or all that are wrong."""
+    passed, wrong = [], []
+    for dtype in dtypes:
+        try:
+            found = errors(dtype)
+        except Exception as error:  # of a compiler, its modules or a driver: no base class holds them, each is a finding
+            wrong.append(f"{_short(dtype)} {_in_short(error)}")
+            continue
+        above = [f"{key} {error:.1e}" for key, error in found.items() if not error <= TOLERANCE[dtype]]
+        if above:
+            wrong.append(f"{_short(dtype)} above {TOLERANCE[dtype]:.0e}: {', '.join(above)}")
+        worst = max(found, key=lambda key: found[key])
+        passed.append(f"{_short(dtype)} {found[worst]:.1e} ({worst})")
+    return Check(name, not wrong, "; ".join(wrong) if wrong else f"relative error at most {', '.join(passed)}")
+
+
+def _same_bits(name: str, results: Callable[[], tuple[dict[str, Tensor], dict[str, Tensor]]]) -> Check:
+    try:
+        one, other = results()
+    except Exception as error:  # as above
+        return Check(name, False, _in_short(error))
+    differ = [key for key in one if not torch.equal(one[key], other[key])]
+    return Check(name, not differ, f"different: {', '.join(differ)}" if differ else f"equal: {', '.join(one)}")
+
+
+Compute = Callable[..., tuple[Tensor, ...]]
+
+
+def _results(
+    compute: Compute, names: Sequence[str], inputs: dict[str, Tensor], upstream: Sequence[Tensor] | None = None
+) -> tuple[dict[str, Tensor], Sequence[Tensor]]:
+    """The outputs, called `names`, the gradient of every input for these gradients of the outputs, and these.
+
+    By default half of each is the output itself, half random. With the random half alone the gradients of A_log and dt_bias are
+    sums of anything, and now and then so near 0 that none of their digits is right.
+    """
+    leaves = {name: x.detach().requires_grad_() for name, x in inputs.items()}
+    outputs = compute(**leaves)
+    if upstream is None:
+        noise = partial(_normal, torch.Generator().manual_seed(1))
+        detached = [x.detach() for x in outputs]
+        upstream = [(x / x.square().mean().sqrt() + noise(*x.shape).to(x.device)).bfloat16() for x in detached]
+    gradients = torch.autograd.grad(
+        outputs, list(leaves.values()), [d.to(x.device, x.dtype) for d, x in zip(upstream, outputs)]
+    )
+    return dict(zip(names, outputs)) | {f"d_{name}": d for name, d in zip(leaves, gradients)}, upstream
+
+
+def _compared(computed: Compute, exact: Compute, names: Sequence[str], inputs: dict[str, Tensor]) -> Errors:
+    """The error of each result; `exact` is given the same values in float64 on the CPU."""
+    wanted, upstream = _results(exact, names, {name: x.cpu().double() for name, x in inputs.items()})
+    got, _ = _results(computed, names, inputs, upstream)
+    return {name: _relative_error(got[name], wanted[name]) for name in wanted}
+
+
+def _normal(generator: torch.Generator, *shape: int) -> Tensor:
+    return torch.randn(*shape, generator=generator)
+
+
+def _inputs(case: Case, dtype: torch.dtype, T: int = TOKENS) -> dict[str, Tensor]:
+    """q, k, v of this dtype, the rest float32."""
+    _, K, V, _, B = case
+    normal = partial(_normal, torch.Generator().manual_seed(K + V))
+    q, k, v = F.normalize(normal(B, T, H, K), dim=-1), F.normalize(normal(B, T, H, K), dim=-1), normal(B, T, HV, V)
+    tensors = {name: x.to(dtype) for name, x in (("q", q), ("k", k), ("v", v))}
+    tensors |= {"g": -F.softplus(2 * normal(B, T, HV) - 2), "beta": normal(B, T, HV).sigmoid()}
+    tensors["initial_state"] = normal(case.sequences, HV, K, V)
+    return {name: x.to(case.device) for name, x in tensors.items()}
+
+
+def _rule(case: Case, backend: Backend) -> Compute:
+    cu_seqlens = case.cu_seqlens
+
+    def compute(q: Tensor, k: Tensor, v: Tensor, g: Tensor, beta: Tensor, initial_state: Tensor | None) -> tuple[Tensor, ...]:
+        return gated_delta_rule_with_state(
+            q, k, v, g, beta, initial_state=initial_state, cu_seqlens=cu_seqlens, backend=backend
+        )
+
+    return compute
+
+
+def _rule_errors(case: Case, backend: Backend, dtype: torch.dtype) -> Errors:
+    def exact(**x: Tensor) -> tuple[Tensor, ...]:
+        lengths = None if case.lengths is None else list(case.lengths)
+        with _one_thread():
+            return gated_delta_rule_reference(**x, scale=case.K**-0.5, lengths=lengths)
+
+    return _compared(_rule(case, backend), exact, STATED, _inputs(case, dtype))
+
+
+def _long_errors(case: Case, dtype: torch.dtype) -> Errors:
+    """Beside the chunkwise form, which `rule` has compared with the recurrence: that takes too long here."""
+    exact = _rule(case._replace(device="cpu"), "torch")
+    return _compared(_rule(case, "triton"), exact, STATED, _inputs(case, dtype, LONG))
+
+
+def _repeated(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The results of rule and convolution computed twice."""
+    columns, parameters = _projection(case, dtype)
+
+    def both() -> dict[str, Tensor]:
+        rule, _ = _results(_rule(case, "triton"), STATED, _inputs(case, dtype))
+        fused, _ = _results(_conv(case, "triton"), ("o",), columns | parameters)
+        return rule | {f"convolution's {name}": x for name, x in fused.items()}
+
+    return both(), both()
+
+
+def _rows(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Results and gradients of the rule in a batch, and of each of its rows alone."""
+    inputs, compute = _inputs(case, dtype), _rule(case, "triton")
+    batch, upstream = _results(compute, STATED, inputs)
+    rows = [
+        _results(compute, STATED, {name: x[i : i + 1].clone() for name, x in inputs.items()}, [d[i : i + 1] for d in upstream])
+        for i in range(case.B)
+    ]
+    return batch, {name: torch.cat([row[name] for row, _ in rows]) for name in batch}
+
+
+def _projection(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The columns of a projection, q, k, v, a, b, one by one: each has a gradient of its own size; and float32 parameters."""
+    _, K, V, _, B = case
+    normal = partial(_normal, torch.Generator().manual_seed(K + V))
+    widths = {"q": H * K, "k": H * K, "v": HV * V, "a": HV, "b": HV}
+    columns = {name: normal(B, TOKENS, width).to(case.device, dtype) for name, width in widths.items()}
+    parameters = {
+        "conv_weight": normal(2 * H * K + HV * V, W) / 2,
+        "A_log": 0.3 * normal(HV),
+        "dt_bias": 0.3 * normal(HV) - 3,  # a strong decay costs the gradient of a its digits in bfloat16
+    }
+    return columns, {name: x.to(case.device) for name, x in parameters.items()}
+
+
+def _conv(case: Case, backend: Backend) -> Compute:
+    cu_seqlens = case.cu_seqlens
+
+    def compute(
+        q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor
+    ) -> tuple[Tensor, ...]:
+        proj = torch.cat([q, k, v, a, b], dim=-1)
+        o = conv_gated_delta_rule(proj, conv_weight, None, A_log, dt_bias, **case.heads, cu_seqlens=cu_seqlens, backend=backend)
+        return (o,)
+
+    return compute
+
+
+def _conv_errors(case: Case, dtype: torch.dtype) -> Errors:
+    columns, parameters = _projection(case, dtype)
+    exact = _conv(case._replace(device="cpu"), "reference")
+    return _compared(_conv(case, "triton"), exact, ("o",), columns | parameters)
+
+
+def _conv_state_errors(case: Case, dtype: torch.dtype) -> Errors:
+    """The same with a bias, from states and to states."""
+
+    def run(case: Case, backend: Backend) -> Compute:
+        cu_seqlens = case.cu_seqlens
+
+        def compute(
+            q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, conv_weight: Tensor, A_log: Tensor, dt_bias: Tensor,
+            conv_bias: Tensor, conv_state: Tensor, initial_state: Tensor,
+        ) -> tuple[Tensor, ...]:  # fmt: skip
+            proj = torch.cat([q, k, v, a, b], dim=-1)
+            return conv_gated_delta_rule_with_state(
+                proj, conv_weight, conv_bias, A_log, dt_bias, conv_state, initial_state,
+                **case.heads, cu_seqlens=cu_seqlens, backend=backend,
+            )  # fmt: skip
+
+        return compute
+
+    columns, parameters = _projection(case, dtype)
+    inputs = columns | parameters | _states(case, dtype)
+    exact = run(case._replace(device="cpu"), "reference")
+    return _compared(run(case, "triton"), exact, ("o", "final_conv", "final_state"), inputs)
+
+
+def _states(case: Case, dtype: torch.dtype) -> dict[str, Tensor]:
+    normal = partial(_normal, torch.Generator().manual_seed(2))
+    channels, N = 2 * H * case.K + HV * case.V, case.sequences
+    states = {
+        "conv_bias": 0.3 * normal(channels),
+        "conv_state": normal(N, W - 1, channels).to(dtype),
+        "initial_state": normal(N, HV, case.K, case.V),
+    }
+    return {name: x.to(case.device) for name, x in states.items()}
+
+
+def _step_errors(case: Case, backend: Backend, dtype: torch.dtype, T: int = 16) -> Errors:
+    """Of outputs and final state, one token at a time."""
+    inputs = _inputs(case, dtype, T)
+    with _one_thread():
+        wide = {name: x.cpu().double() for name, x in inputs.items()}
+        wanted, final_state = gated_delta_rule_reference(**wide, scale=case.K**-0.5, lengths=None)
+    q, k, v, g, beta, state = inputs.values()
+    steps = [gated_delta_rule_step(q[:, t], k[:, t], v[:, t], g[:, t], beta[:, t], state, backend=backend) for t in range(T)]
+    return {"o": _relative_error(torch.stack(steps, dim=1), wanted), "final_state": _relative_error(state, final_state)}
+
+
+def _both_step_errors(case: Case, dtype: torch.dtype) -> Errors:
+    """Steps of the rule alone, and from the projection on."""
+    T = W + 1  # until no input of the convolution is from its first state
+    columns, parameters = _projection(case, dtype)
+    states = _states(case, dtype)
+    proj = torch.cat([x[:, :T] for x in columns.values()], dim=-1)
+    weights = [parameters["conv_weight"], states["conv_bias"], parameters["A_log"], parameters["dt_bias"]]
+    carried = [states["conv_state"], states["initial_state"]]
+    wide = [x.cpu().double() for x in (proj, *weights, *carried)]
+    wanted = conv_gated_delta_rule_with_state(*wide, **case.heads, backend="reference")
+    steps = [conv_gated_delta_rule_step(proj[:, t], *weights, *carried, **case.heads, backend="triton") for t in range(T)]
+    got = (torch.stack(steps, dim=1), *carried)
+    fused = {name: _relative_error(x, y) for name, x, y in zip(("o", "conv_state", "state"), got, wanted)}
+    return _step_errors(case, "triton", dtype, T) | {f"convolution's {name}": error for name, error in fused.items()}
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """For the reference, thousands of tiny operations: where cores are shared, waiting for a second thread is all they do."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _relative_error(got: Tensor, wanted: Tensor) -> float:
+    """|got - wanted| / |wanted|; nan where either is."""
+    wanted = wanted.detach()
+    return float((got.detach().cpu().double() - wanted).norm() / wanted.norm())
+
+
+def _in_short(error: Exception) -> str:
+    """Type and message; a compiler quotes the kernel, and says what is wrong at the end."""
+    lines = str(error).strip().splitlines() or [""]
+    return f"{type(error).__name__}: {lines[0] if len(lines) == 1 else f'{lines[0]} ... {lines[-1]}'}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _dotted(capability: tuple[int, int]) -> str:
+    return f"{capability[0]}.{capability[1]}"
