@@ -13,7 +13,8 @@ import torch
 from rich.console import Console
 
 from gdn import doctor, doctor_kernels
-from gdn.doctor_kernels import Check, pair_refusal
+from gdn.doctor_kernels import Check
+from gdn.ops.backend import pair_refusal
 
 RULE = ("rule, cpu, K = V = 32", "rule, cpu, K = V = 64", "rule, cpu, K = V = 128", "rule, cpu, K = V = 256")
 STEPS = "rule, cpu, single steps"

@@ -4,7 +4,6 @@ Every result is compared with the recurrence, in float64 on the CPU, from the sa
 """
 
 import importlib.metadata
-import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -21,7 +20,7 @@ from gdn.ops import (
     gated_delta_rule_step,
     gated_delta_rule_with_state,
 )
-from gdn.ops.backend import Backend, choose_backend, triton_refusal
+from gdn.ops.backend import Backend, choose_backend, pair_refusal, triton_refusal
 from gdn.ops.reference import gated_delta_rule_reference
 
 # Relative 2-norm of the error of outputs, states and gradients alike.
@@ -33,7 +32,6 @@ PACKED = (66, 0, 1, 2)  # tokens of each packed sequence
 LONG = 16384  # tokens of the shortest training sequence that is computed in segments
 STATED = ("o", "final_state")  # what the rule returns
 H, HV, W = 1, 2, 4  # heads, value heads, width of the convolution
-OLDEST_TRITON, OLDEST_HOPPER_TRITON, OLDEST_CAPABILITY = (3, 4), (3, 6), (8, 0)
 
 
 class Check(NamedTuple):
@@ -66,26 +64,6 @@ class Case(NamedTuple):
         return {"num_heads": H, "head_dim": self.K, "num_v_heads": HV, "head_v_dim": self.V}
 
 
-def pair_refusal(triton_version: str, capability: tuple[int, int]) -> str | None:
-    """Why the kernels must not run with this Triton on an NVIDIA GPU of this compute capability, and what helps; or None.
-
-    Not refused: Triton 3.4 to 3.7.0 on Hopper, which compile the transpose of a tensor-core result wrongly and silently
-    (flash-linear-attention #640; mended in 3.7.1). These kernels transpose what they loaded and never a result, and `kernels`
-    looks for what such a fault would do.
-    """
-    if capability < OLDEST_CAPABILITY:
-        return f"compute capability {_dotted(capability)} is below 8.0, without tensor cores for bfloat16; use backend 'torch'"
-    match = re.match(r"(\d+)\.(\d+)", triton_version)
-    if match is None:
-        return f"Triton calls itself {triton_version!r}; expected a version like 3.6.0: pip install 'triton>=3.6'"
-    version = int(match[1]), int(match[2])
-    if version < OLDEST_TRITON:
-        return f"Triton {triton_version} is too old, kernels were never tested below 3.4: pip install 'triton>=3.6'"
-    if capability[0] == 9 and version < OLDEST_HOPPER_TRITON:
-        return f"Triton {triton_version} lacks the Gluon that the kernels for Hopper need: pip install 'triton>=3.6'"
-    return None
-
-
 def choice(device: str) -> Check:
     """Which backend `auto` uses on this device, and why."""
     asked = torch.device(device), torch.float32, 128, 128  # a size that the kernels take: what is left is the device
@@ -114,7 +92,7 @@ def kernels_on_gpu() -> Iterator[Check]:
         return
     capability = torch.cuda.get_device_capability(device)
     refusal = pair_refusal(versions[0], capability)
-    yield Check("triton", refusal is None, refusal or f"{versions[0]} on compute capability {_dotted(capability)}")
+    yield Check("triton", refusal is None, refusal or f"{versions[0]} on compute capability {'.'.join(map(str, capability))}")
     refusal = refusal or triton_refusal(device, torch.float32, 128, 128)
     if refusal:
         yield Check("triton, kernels", None, f"not run: {refusal}")
@@ -386,7 +364,3 @@ def _in_short(error: Exception) -> str:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _dotted(capability: tuple[int, int]) -> str:
-    return f"{capability[0]}.{capability[1]}"

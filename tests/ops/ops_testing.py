@@ -11,8 +11,8 @@ from gdn.ops import gated_delta_rule_with_state
 
 # Relative 2-norm of the error, for outputs, states and every gradient alike. Nothing loosens it.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 1e-2}
-# But for one kind of input: reflections by one key (beta = 2) make rows of the chunk's inverse whose absolute values add up to twice
-# the chunk, and rounding is amplified by as much. Seen in float32: up to 1e-5 on one processor, 4e-5 on another.
+# But for one kind of input: reflections by one key (beta = 2) make rows of the chunk's inverse whose absolute values add up to
+# twice the chunk, and rounding is amplified by as much. Seen in float32: up to 1e-5 on one processor, 4e-5 on another.
 AMPLIFIED = {"same_beta_2": 30.0}
 
 

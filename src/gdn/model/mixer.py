@@ -116,7 +116,7 @@ class GatedDeltaNet(nn.Module):
         projections = (self.q_proj, self.k_proj, self.v_proj, self.a_proj, self.b_proj)
         convolutions = (self.q_conv1d, self.k_conv1d, self.v_conv1d)
         weight = torch.cat([conv.weight.squeeze(1) for conv in convolutions])
-        biases = [conv.bias for conv in convolutions if conv.bias is not None]
+        biases: list[Tensor] = [conv.bias for conv in convolutions if conv.bias is not None]
         bias = torch.cat(biases) if biases else None
         parameters = (weight, bias, self.A_log, self.dt_bias)
         sizes: dict[str, Any] = {

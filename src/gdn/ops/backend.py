@@ -1,8 +1,10 @@
 """Which implementation computes: chosen at each call, by device, dtype and size; a request that cannot be met is an error."""
 
+import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 from functools import cache
 from typing import Literal
 
@@ -16,6 +18,7 @@ Backend = Literal["auto", "reference", "torch", "triton"]
 BACKENDS = ("reference", "torch", "triton")
 TRITON_K = (64, 128, 256)
 TRITON_V = "a multiple of 32 up to 512"
+OLDEST_TRITON, OLDEST_HOPPER_TRITON, OLDEST_CAPABILITY = (3, 4), (3, 6), (8, 0)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -44,18 +47,47 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, K: int, V: int) -> 
         return f"values are {str(dtype).removeprefix('torch.')}; expected bfloat16, float16 or float32"
     if K not in TRITON_K or V % 32 or not 32 <= V <= 512:
         return f"head sizes are K = {K}, V = {V}; expected K in {{64, 128, 256}} and V {TRITON_V}"
-    return _missing(device.type)
+    return _missing(device.type, device.index)
+
+
+def pair_refusal(triton_version: str, capability: tuple[int, int]) -> str | None:
+    """Why the kernels must not run with this Triton on an NVIDIA GPU of this compute capability, and what helps; or None.
+
+    Not refused: Triton 3.4 to 3.7.0 on Hopper, which compile the transpose of a tensor-core result wrongly and silently
+    (flash-linear-attention #640; mended in 3.7.1). These kernels transpose what they loaded and never a result, and `gdn
+    doctor` looks for what such a fault would do.
+    """
+    if capability < OLDEST_CAPABILITY:
+        dotted = ".".join(map(str, capability))
+        return f"compute capability {dotted} is below 8.0, without tensor cores for bfloat16; use backend 'torch'"
+    match = re.match(r"(\d+)\.(\d+)", triton_version)
+    if match is None:
+        return f"Triton calls itself {triton_version!r}; expected a version like 3.6.0: pip install 'triton>=3.6'"
+    version = int(match[1]), int(match[2])
+    if version < OLDEST_TRITON:
+        return f"Triton {triton_version} is too old, kernels were never tested below 3.4: pip install 'triton>=3.6'"
+    if capability[0] == 9 and version < OLDEST_HOPPER_TRITON:
+        return f"Triton {triton_version} lacks the Gluon that the kernels for Hopper need: pip install 'triton>=3.6'"
+    return None
 
 
 @torch.compiler.assume_constant_result
-def _missing(device: str) -> str | None:
-    """Why no Triton kernel runs on this kind of device. Under Triton's interpreter they all run on the CPU."""
+def _missing(device: str, index: int | None) -> str | None:
+    """Why no Triton kernel runs on this device. Under Triton's interpreter they all run on the CPU."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted != (device == "cpu") or device not in ("cpu", "cuda"):
         return f"tensors lie on {device}; expected cuda, or cpu with TRITON_INTERPRET=1 in the environment"
-    return None
+    return _pair(torch.cuda.current_device() if index is None else index) if device == "cuda" else None
+
+
+@cache
+def _pair(index: int) -> str | None:
+    if torch.version.hip:
+        return "the GPU is AMD's; expected NVIDIA's: these kernels were never run on another"
+    versions = [importlib.metadata.version(name) for name in importlib.metadata.packages_distributions().get("triton", ())]
+    return pair_refusal(versions[0], torch.cuda.get_device_capability(index)) if versions else None
 
 
 @cache
