@@ -53,7 +53,7 @@ def conv_forward(
         sequence = sequence_of_tokens(cu_seqlens, T)
         _conv_forward[(grid,)](
             proj, weight.contiguous(), contiguous(bias), contiguous(initial_state), cu_seqlens, sequence, q, k, v,
-            T, B * per_row, per_row, count_sequences(B, cu_seqlens), *proj.stride()[:2], H, HV * V,
+            T, B * per_row, per_row, count_sequences(B, cu_seqlens), *in_units(*proj.stride()[:2]), H, HV * V,
             K=K, W=W, S=S, L=L, U=tokens_unrolled(W), STAGES=FORWARD_STAGES, num_warps=FORWARD_WARPS,
         )  # fmt: skip
     return q, k, v
@@ -102,7 +102,7 @@ def conv_step(
     if B:
         _conv_step[(B * (count_tiles(H, K, HV * V) + 1),)](
             proj_row, weight.contiguous(), contiguous(bias), conv_state, A_log.contiguous(), dt_bias.contiguous(),
-            q, k, v, g, beta, proj_row.stride(0), *conv_state.stride()[:2], H, HV * V,
+            q, k, v, g, beta, *in_units(proj_row.stride(0), *conv_state.stride()[:2]), H, HV * V,
             K=K, W=weight.shape[1], HV=HV, BLOCK_HV=triton.next_power_of_2(HV), DOUBLE=allow_neg_eigval, num_warps=STEP_WARPS,
         )  # fmt: skip
     return q, k, v, g, beta
@@ -115,6 +115,15 @@ def strips_per_program(K: int, num_warps: int) -> int:
 def tokens_unrolled(W: int) -> int:
     """Tokens a loop step takes: W - 1 at least, or the window outlives one and Triton does not prefetch the next's loads."""
     return 4 if W <= 5 else 8
+
+
+def in_units(*strides: int) -> tuple[int, ...]:
+    """Strides in units of 8 elements, and 8; or the strides, and 1. Triton then knows what it may load 16 bytes at a time.
+
+    By itself it looks for multiples of 16 only: a projection of 3,080 columns would be read in pieces of 2 bytes.
+    """
+    unit = 1 if any(stride % 8 for stride in strides) else 8
+    return *(stride // unit for stride in strides), unit
 
 
 def count_tiles(H: int, K: int, values: int) -> int:
@@ -259,12 +268,13 @@ def _forward_strips(
         out += U * out_stride
 
 
-@triton.jit(do_not_specialize=["T", "strips", "per_row", "N"])
+@triton.jit(do_not_specialize=["T", "strips", "per_row", "N", "stride_b", "stride_t"])
 def _conv_forward(
     proj, weight, bias, initial_state, cu_seqlens, sequence, q, k, v,
-    T, strips, per_row, N, stride_b, stride_t, H, values,
+    T, strips, per_row, N, stride_b, stride_t, UNIT: tl.constexpr, H, values,
     K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, L: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_t = stride_b.to(tl.int64) * UNIT, stride_t.to(tl.int64) * UNIT
     tiles = 2 * H + tl.cdiv(values, K)
     tile, block = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     D = 2 * H * K + values
@@ -283,15 +293,17 @@ def _conv_forward(
         )  # fmt: skip
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["stride_b", "state_stride_b", "state_stride_w"])
 def _conv_step(
-    proj, weight, bias, state, A_log, dt_bias, q, k, v, g, beta, stride_b, state_stride_b, state_stride_w, H, values,
+    proj, weight, bias, state, A_log, dt_bias, q, k, v, g, beta, stride_b, state_stride_b, state_stride_w,
+    UNIT: tl.constexpr, H, values,
     K: tl.constexpr, W: tl.constexpr, HV: tl.constexpr, BLOCK_HV: tl.constexpr, DOUBLE: tl.constexpr,
 ):  # fmt: skip
     tiles = 2 * H + tl.cdiv(values, K)
     tile, row = tl.program_id(0) % (tiles + 1), (tl.program_id(0) // (tiles + 1)).to(tl.int64)
     D = 2 * H * K + values
-    proj = proj + row * stride_b
+    state_stride_b, state_stride_w = state_stride_b.to(tl.int64) * UNIT, state_stride_w.to(tl.int64) * UNIT
+    proj = proj + row * (stride_b.to(tl.int64) * UNIT)
     if tile == tiles:
         head = tl.arange(0, BLOCK_HV)
         a = tl.load(proj + D + head, mask=head < HV, other=0.0).to(tl.float32)

@@ -19,6 +19,7 @@ from gdn.ops.triton_short_conv import (
     convolved,
     count_sequences,
     count_tiles,
+    in_units,
     load,
     parameters,
     place_strips,
@@ -64,13 +65,13 @@ def conv_backward(
     if blocks:
         _conv_backward[(blocks * tiles,)](
             proj, weight, bias, initial_state, cu_seqlens, sequence, dq, dk, dv, dproj, partials,
-            T, B * per_row, per_row, N, *proj.stride()[:2], *dproj.stride()[:2], H, HV * V,
+            T, B * per_row, per_row, N, *in_units(*proj.stride()[:2], *dproj.stride()[:2]), H, HV * V,
             K=K, W=W, S=S, L=L, U=tokens_unrolled(W), STAGES=BACKWARD_STAGES, num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     if d_state is not None and d_state.numel():
         _conv_backward_state[(triton.cdiv(N, S) * tiles,)](
             proj, weight, bias, initial_state, cu_seqlens, dq, dk, dv, d_state,
-            T, N, *proj.stride()[:2], H, HV * V, K=K, W=W, S=S, num_warps=BACKWARD_WARPS,
+            T, N, *in_units(*proj.stride()[:2]), H, HV * V, K=K, W=W, S=S, num_warps=BACKWARD_WARPS,
         )  # fmt: skip
     d = partials.sum(0)
     return d[:W].t().contiguous(), None if bias is None else d[W].clone(), d_state
@@ -158,12 +159,14 @@ def _backward_strips(
         tl.store(partial + i * D, tl.sum(sums[i], 0), mask=exists)
 
 
-@triton.jit(do_not_specialize=["T", "strips", "per_row", "N"])
+@triton.jit(do_not_specialize=["T", "strips", "per_row", "N", "stride_b", "stride_t", "dproj_stride_b", "dproj_stride_t"])
 def _conv_backward(
     proj, weight, bias, initial_state, cu_seqlens, sequence, dq, dk, dv, dproj, partials,
-    T, strips, per_row, N, stride_b, stride_t, dproj_stride_b, dproj_stride_t, H, values,
+    T, strips, per_row, N, stride_b, stride_t, dproj_stride_b, dproj_stride_t, UNIT: tl.constexpr, H, values,
     K: tl.constexpr, W: tl.constexpr, S: tl.constexpr, L: tl.constexpr, U: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_t = stride_b.to(tl.int64) * UNIT, stride_t.to(tl.int64) * UNIT
+    dproj_stride_b, dproj_stride_t = dproj_stride_b.to(tl.int64) * UNIT, dproj_stride_t.to(tl.int64) * UNIT
     tiles = 2 * H + tl.cdiv(values, K)
     tile, block = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     D = 2 * H * K + values
@@ -220,11 +223,12 @@ def _state_strips(
         tl.store(target + i * D, gradients[i].to(d_state.dtype.element_ty), mask=(n < N)[:, None] & exists[None, :])
 
 
-@triton.jit(do_not_specialize=["T", "N"])
+@triton.jit(do_not_specialize=["T", "N", "stride_b", "stride_t"])
 def _conv_backward_state(
-    proj, weight, bias, initial_state, cu_seqlens, dq, dk, dv, d_state, T, N, stride_b, stride_t, H, values,
+    proj, weight, bias, initial_state, cu_seqlens, dq, dk, dv, d_state, T, N, stride_b, stride_t, UNIT: tl.constexpr, H, values,
     K: tl.constexpr, W: tl.constexpr, S: tl.constexpr,
 ):  # fmt: skip
+    stride_b, stride_t = stride_b.to(tl.int64) * UNIT, stride_t.to(tl.int64) * UNIT
     tiles = 2 * H + tl.cdiv(values, K)
     tile, block = tl.program_id(0) % tiles, tl.program_id(0) // tiles
     D = 2 * H * K + values
