@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 
 from gdn.errors import BackendError
+from gdn.ops.triton_configs import WIDE_KIB, shared_memory
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +48,7 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, K: int, V: int) -> 
         return f"values are {str(dtype).removeprefix('torch.')}; expected bfloat16, float16 or float32"
     if K not in TRITON_K or V % 32 or not 32 <= V <= 512:
         return f"head sizes are K = {K}, V = {V}; expected K in {{64, 128, 256}} and V {TRITON_V}"
-    return _missing(device.type, device.index)
+    return _missing(device.type, device.index, dtype == torch.float32 and K == 256)
 
 
 def pair_refusal(triton_version: str, capability: tuple[int, int]) -> str | None:
@@ -72,22 +73,27 @@ def pair_refusal(triton_version: str, capability: tuple[int, int]) -> str | None
 
 
 @torch.compiler.assume_constant_result
-def _missing(device: str, index: int | None) -> str | None:
-    """Why no Triton kernel runs on this device. Under Triton's interpreter they all run on the CPU."""
+def _missing(device: str, index: int | None, large: bool) -> str | None:
+    """Why no Triton kernel, or none this large, runs on this device. Under Triton's interpreter they all run on the CPU."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if interpreted != (device == "cpu") or device not in ("cpu", "cuda"):
         return f"tensors lie on {device}; expected cuda, or cpu with TRITON_INTERPRET=1 in the environment"
-    return _pair(torch.cuda.current_device() if index is None else index) if device == "cuda" else None
+    return _unfit(torch.cuda.current_device() if index is None else index, large) if device == "cuda" else None
 
 
 @cache
-def _pair(index: int) -> str | None:
+def _unfit(index: int, large: bool) -> str | None:
+    """Why the kernels do not serve on this GPU; large: float32 keys of 256, which fill more than small GPUs have."""
     if torch.version.hip:
         return "the GPU is AMD's; expected NVIDIA's: these kernels were never run on another"
     versions = [importlib.metadata.version(name) for name in importlib.metadata.packages_distributions().get("triton", ())]
-    return pair_refusal(versions[0], torch.cuda.get_device_capability(index)) if versions else None
+    refusal = pair_refusal(versions[0], torch.cuda.get_device_capability(index)) if versions else None
+    kib = shared_memory(torch.device("cuda", index)) // 1024
+    if large and kib < WIDE_KIB:
+        return refusal or f"float32 with K = 256 needs {WIDE_KIB} KB of shared memory a block, this GPU has {kib}: use bfloat16"
+    return refusal
 
 
 @cache

@@ -6,12 +6,15 @@ after the chunk, and er = exp(gc_C - gc), per chunk:
     dv = A^T (beta er k D + P^T do)
     D' = exp(gc_C) D + q^T (scale exp(gc) do) - k^T (exp(gc) dv)
     dq = scale exp(gc) do S^T + dP k                  dP = scale G * (do X^T) diag(beta)
-    e  = er X D^T + dP'^T q - Z'^T k                  dP', Z': dP and Z without beta
-    dk = beta e - exp(gc) dv S^T - Z k                Z = tril(G * (dv X^T), -1) diag(beta)
-    dbeta = k . e (over K)
+    e  = beta er X D^T + dP^T q - Z^T k               Z = tril(G * (dv X^T), -1) diag(beta)
+    dk = e - exp(gc) dv S^T - Z k
+    dbeta = k . e / beta (over K)
 
 The diagonal of dP, where no decay enters, is kept apart: the gradient of g then sums only what carries a decay, and keeps its
-digits when that is strong. `_d_states` is the mirror of `_states`; `_gradients` reads S and D once.
+digits when that is strong. In it rows of dP and Z stand against columns, and most of them cancel: both must come from one
+rounded matrix. So beta is in it for both, and is divided out of dbeta; a floor of beta, which float32 sums do not see, makes that
+exact at 0 (in float16, which has no such numbers, dbeta there lacks what its own chunk adds). `_d_states` is the mirror of
+`_states`; `_gradients` reads S and D once.
 """
 
 from typing import NamedTuple
@@ -184,6 +187,9 @@ def _d_states(
             tl.store(d_initial + state_offsets + BK * V, D1)
 
 
+LEAST_BETA = tl.constexpr(2.0**-24)  # beside terms of order 1 less than float32 holds
+
+
 @triton.jit
 def _gradients(
     q, k, gates, X, states, do, dv, d_states, dq, dk, partial,
@@ -243,24 +249,25 @@ def _gradients(
 
     wrote *= after[:, None]
     e_after = tl.sum(kf * wrote, 1)
-    within = tl.dot((X_do * decay_t * scale).to(dtype), q_, input_precision=PRECISION)
-    within = tl.dot((X_dv * -decay_t).to(dtype), k_, within, input_precision=PRECISION)
+    floored = tl.maximum(beta, LEAST_BETA)
+    within = tl.dot((X_do * decay_t * (floored * scale)[:, None]).to(dtype), q_, input_precision=PRECISION)
+    within = tl.dot((X_dv * decay_t * -floored[:, None]).to(dtype), k_, within, input_precision=PRECISION)
     e_within = tl.sum(kf * within, 1)
     erased *= -before[:, None]
-    erased = tl.dot((dv_X * -decay * beta[None, :]).to(dtype), k_, erased, input_precision=PRECISION)
+    erased = tl.dot((dv_X * decay * -floored[None, :]).to(dtype), k_, erased, input_precision=PRECISION)
     read *= (before * scale)[:, None]
-    read = tl.dot((do_X * decay * (beta * scale)[None, :]).to(dtype), k_, read, input_precision=PRECISION)
+    read = tl.dot((do_X * decay * (floored * scale)[None, :]).to(dtype), k_, read, input_precision=PRECISION)
 
     sums = partial + (kb.to(tl.int64) * count + tile) * 256 + rows
-    tl.store(sums, tl.sum(qf * read, 1) + tl.sum(kf * erased, 1) - beta * e_within)
+    tl.store(sums, tl.sum(qf * read, 1) + tl.sum(kf * erased, 1) - e_within)
     tl.store(sums + 64, beta * e_after)
-    tl.store(sums + 128, e_after + e_within + tl.where(kb == 0, diagonal * tl.load(vector + 384), 0.0))
+    tl.store(sums + 128, e_after + e_within / floored + tl.where(kb == 0, diagonal * tl.load(vector + 384), 0.0))
     tl.store(sums + 192, tl.where(rows == 0, tl.sum(carried, 0), 0.0))
     own_head = token * HV + hv
     direct = (beta * diagonal)[:, None]
     out = own_head[:, None] * K + columns[None, :]
     tl.store(dq + out, (read + direct * kf).to(dtype), mask=valid[:, None])
-    tl.store(dk + out, (beta[:, None] * (wrote + within) + erased + direct * qf).to(dtype), mask=valid[:, None])
+    tl.store(dk + out, (beta[:, None] * wrote + within + erased + direct * qf).to(dtype), mask=valid[:, None])
 
 
 @triton.jit

@@ -25,6 +25,7 @@ _OPERAND = gl.constexpr(gl.DotOperandLayout(0, gl.NVMMADistributedLayout([3, 0],
 _ROW = gl.constexpr(gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])))
 _COLUMN = gl.constexpr(gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])))
 _PLAIN = gl.constexpr(gl.BlockedLayout([1, 8], [4, 8], [4, 1], [1, 0]))
+LEAST_BETA = gl.constexpr(2.0**-24)  # `triton_backward` says why
 
 
 def run_gradients(
@@ -161,19 +162,19 @@ def _compute(
         difference = (high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :])
         decay = gl.where(i[:, None] > j[None, :], gl.exp(gl.minimum(difference, 0.0)), 0.0)
         diagonal = gl.sum(gl.where(i[:, None] == j[None, :], do_X, 0.0), 1) * scale
-        do_X *= decay * scale
-        dv_X *= -decay
+        floored_j = gl.maximum(gates.index(3).reshape([64]).load(_COLUMN), LEAST_BETA)
+        do_X *= decay * (floored_j * scale)[None, :]
+        dv_X *= decay * -floored_j[None, :]
         pairs.store(do_X.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
         within = warpgroup_mma(pairs.permute((1, 0)), q_, zeros, use_acc=False, is_async=True)
-        beta_j = gates.index(3).reshape([64]).load(_COLUMN)
         before = gates.index(0).reshape([64]).load(_ROW)
         read *= (before * scale)[:, None]
-        first = gl.convert_layout((do_X * beta_j[None, :]).to(dtype), _OPERAND)
+        first = gl.convert_layout(do_X.to(dtype), _OPERAND)
         read = warpgroup_mma(first, k_, read, is_async=True)
         erased *= -before[:, None]
-        second = gl.convert_layout((dv_X * beta_j[None, :]).to(dtype), _OPERAND)
+        second = gl.convert_layout(dv_X.to(dtype), _OPERAND)
         erased = warpgroup_mma(second, k_, erased, is_async=True)
         narrow = dv_X.to(dtype)
         wrote *= gates.index(2).reshape([64]).load(_ROW)[:, None]
@@ -195,13 +196,13 @@ def _compute(
         within = warpgroup_mma_wait(0, deps=[within])
         kf = k_.load(_SQUARE).to(gl.float32)
         e_within = gl.sum(kf * within, 1)
-        erased += beta[:, None] * (wrote + within)
+        erased += beta[:, None] * wrote + within
         part = kb * 2 + GROUP
         direct = gl.where(part == 0, diagonal * gates.index(6).reshape([64]).load(_ROW), 0.0)
         sums = partial + (part * tiles_in_all + tile).to(gl.int64) * 256 + i
-        gl.store(sums, d_gc - beta * e_within)
+        gl.store(sums, d_gc - e_within)
         gl.store(sums + 64, beta * e_after)
-        gl.store(sums + 128, e_after + e_within + direct)
+        gl.store(sums + 128, e_after + e_within / gl.maximum(beta, LEAST_BETA) + direct)
         gl.store(sums + 192, gl.convert_layout(carried, _ROW))
         fence_async_shared()
         gl.thread_barrier()

@@ -1,0 +1,159 @@
+"""Compiles the GPU kernels ahead of time, without a GPU: `python compile_kernels.py 86 [--all]` prints JSON of what they need.
+
+Run by `test_kernel_compile.py`, in a process of its own: there Triton must not be in its interpreter.
+"""
+
+import json
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton.backends.nvidia
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
+
+from gdn.ops import triton_backward, triton_configs, triton_forward, triton_gates, triton_segments, triton_step
+from gdn.ops import triton_short_conv as conv
+from gdn.ops import triton_short_conv_backward as conv_backward
+
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227}
+NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+PTXAS = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
+
+
+def signature(kernel: Any, values: dict[str, Any], constants: dict[str, Any]) -> tuple[dict, dict, dict]:
+    """What a launch with such arguments would be compiled for: types, constants, and what 16 divides."""
+    types: dict[str, str] = {}
+    constant: dict[tuple[int], Any] = {}
+    divisible = {}
+    for place, name in enumerate(kernel.arg_names):
+        value = constants.get(name, values.get(name))
+        if name in constants or value is None:
+            types[name], constant[(place,)] = "constexpr", value
+            continue
+        types[name] = value
+        if value.startswith("*") or value == "i32":
+            divisible[(place,)] = [["tt.divisibility", 16]]
+    return types, constant, divisible
+
+
+def compiled(arch: int, kernel: Any, values: dict[str, Any], constants: dict[str, Any], **options: Any) -> dict[str, Any]:
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, *signature(kernel, values, constants))
+    result = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    report = {"kernel": kernel.__name__, "shared": result.metadata.shared}
+    if kernel.is_gluon():
+        with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
+            Path(file.name).write_text(result.asm["ptx"])
+            command = [PTXAS, "-v", f"--gpu-name=sm_{arch}a", file.name, "-o", "/dev/null"]
+            said = subprocess.run(command, capture_output=True, text=True, check=True)
+        report["serialised"] = "Potential Performance Loss" in said.stdout + said.stderr
+    return report
+
+
+def tile(*block: int, dtype: str = "bf16") -> str:
+    layout = gl.NVMMASharedLayout.get_default_for(list(block), gl.bfloat16)
+    return f"tensordesc<{dtype}{list(block)},{gl.NVMMASharedLayout(0, 32, 2) if dtype == 'fp32' else layout!r}>"
+
+
+def rule_kernels(arch: int, K: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    x, narrow, V, BK = "*" + NAMES[dtype], dtype != torch.float32, K, min(K, 128)
+    precision = "tf32" if narrow else "ieee"
+    table = {
+        kernel: triton_configs.choose(kernel, narrow, K, SHARED[arch] * 1024)
+        for kernel in ("intra", "states", "d_states", "gradients")
+    }
+    arrays = dict.fromkeys(("q", "k", "v", "A", "P", "o", "X", "states", "do", "dv", "d_states", "dq", "dk"), x)
+    values = arrays | dict.fromkeys(("g", "beta", "gates", "partial", "dg", "dbeta"), "*fp32")
+    values |= dict.fromkeys(("T", "per_row", "N", "count"), "i32") | {"scale": "fp32"}
+    sizes = {"H": 4, "HV": 4, "K": K}
+    wide = sizes | {"V": V, "BK": BK, "PRECISION": precision}
+    yield compiled(
+        arch, triton_forward._intra, values, sizes | {"BK": table["intra"].block, "MIN_G": -104.0}, **table["intra"].launch()
+    )
+    for saved in (values, values | {"X": None, "states": None, "final_state": "*fp32"}):
+        yield compiled(arch, triton_forward._states, saved, wide | {"BV": table["states"].block}, **table["states"].launch())
+    config = table["d_states"]
+    yield compiled(arch, triton_backward._d_states, values, wide | {"BV": config.block}, **config.launch())
+    config = table["gradients"]
+    yield compiled(arch, triton_backward._gradients, values, wide | {"BV": config.block}, **config.launch())
+
+
+def other_kernels(arch: int, K: int) -> Iterator[dict[str, Any]]:
+    x, f = "*bf16", "*fp32"
+    numbers = dict.fromkeys(("T", "per_row", "N", "count", "strips", "tokens", "values", "column_a", "column_b"), "i32")
+    strides = ("stride_b", "stride_t", "dproj_stride_b", "dproj_stride_t", "state_stride_b", "state_stride_w")
+    numbers |= dict.fromkeys(strides, "i32") | {"H": "i32"}
+    rule = {"partial": f, "gates": f, "dg": f, "dbeta": f} | numbers
+    yield compiled(arch, triton_backward._finish, rule, {"HV": 4, "PARTS": K // 64}, num_warps=2)
+    chain = {"M": f, "L": f, "first": f, "out": f, "count": "i32"}
+    yield compiled(arch, triton_segments._chain, chain, {"HV": 4, "K": K, "V": K, "REVERSE": False}, num_warps=4)
+    step = dict.fromkeys(("q", "k", "v", "o"), x) | dict.fromkeys(("g", "beta", "state"), f) | {"scale": "fp32"}
+    step |= {name: "i32" for name in triton_step._step.arg_names if name.endswith(("_row", "_head"))}
+    constants = {"H": 4, "HV": 4, "K": K, "V": K, "BV": 32, "EVICT_FIRST": False}
+    yield compiled(arch, triton_step._step, step, constants, num_warps=triton_step.CONFIG.num_warps)
+    layer = dict.fromkeys(("proj", "q", "k", "v", "dq", "dk", "dv", "dproj"), x) | numbers
+    layer |= dict.fromkeys(("weight", "partials", "A_log", "dt_bias", "g", "beta", "dg", "dbeta", "state"), f)
+    strip = {"K": K, "W": 4, "U": conv.tokens_unrolled(4), "UNIT": 8}
+    for kernel, L, warps, stages in (
+        (conv._conv_forward, conv.FORWARD_TOKENS, conv.FORWARD_WARPS, conv.FORWARD_STAGES),
+        (
+            conv_backward._conv_backward,
+            conv_backward.BACKWARD_TOKENS,
+            conv_backward.BACKWARD_WARPS,
+            conv_backward.BACKWARD_STAGES,
+        ),
+    ):
+        constants = strip | {"S": conv.strips_per_program(K, warps), "L": L, "STAGES": stages}
+        yield compiled(arch, kernel, layer, constants, num_warps=warps)
+    constants = {"K": K, "W": 4, "UNIT": 8, "HV": 4, "BLOCK_HV": 4, "DOUBLE": False}
+    yield compiled(arch, conv._conv_step, layer, constants, num_warps=conv.STEP_WARPS)
+    for kernel in (triton_gates._gates_forward, triton_gates._gates_backward):
+        constants = {"HV": 4, "BLOCK_T": 256, "BLOCK_HV": 4, "DOUBLE": False}
+        yield compiled(arch, kernel, layer, constants, num_warps=triton_gates.NUM_WARPS)
+
+
+def hopper_kernels(K: int) -> Iterator[dict[str, Any]]:
+    from gdn.ops import triton_hopper_gradients, triton_hopper_states
+
+    V, BK, token, square, vector = max(K, 128), min(K, 128), tile(1, 64, 64), tile(64, 64), tile(1, 64, dtype="fp32")
+    key = tile(1, 64, BK)
+    values = {"k_in": key, "q_in": key, "A_in": square, "P_in": square, "values_in": token, "gates_in": vector, "out": token}
+    values |= {"gates_pointer": "*fp32", "scale": "fp32", "T": "i32", "per_row": "i32"}
+    sizes = {"H": 4, "HV": 4, "K": K, "V": V}
+    for extra, reverse in (({}, False), ({"X_out": token, "states": "*bf16"}, False), ({"states": "*bf16"}, True)):
+        constants = sizes | {"BK": BK, "REVERSE": reverse}
+        yield compiled(90, triton_hopper_states._states, values | extra, constants, num_warps=4, maxnreg=168)
+    if K >= 128:
+        tiles = dict.fromkeys(("q_in", "k_in", "X_in", "do_in", "dv_in"), token) | {"S_in": square, "D_in": square}
+        values = tiles | {"gates_in": vector, "dq": "*bf16", "dk": "*bf16", "partial": "*fp32", "scale": "fp32"}
+        values |= dict.fromkeys(("tiles", "tiles_in_all", "T", "per_row"), "i32")
+        yield compiled(90, triton_hopper_gradients._gradients, values, sizes, num_warps=4, maxnreg=168)
+
+
+def main() -> None:
+    arch, every = int(sys.argv[1]), "--all" in sys.argv
+    found: list[dict[str, Any]] = []
+
+    def take(K: int, dtype: torch.dtype, reports: Iterator[dict[str, Any]]) -> None:
+        found.extend(report | {"K": K, "dtype": NAMES[dtype]} for report in reports)
+
+    for K in (64, 128, 256) if every else (256,):
+        if arch == 90:
+            take(K, torch.bfloat16, hopper_kernels(K))
+        if arch == 90 and not every:
+            continue  # compiling the others for it takes a minute
+        take(K, torch.bfloat16, rule_kernels(arch, K, torch.bfloat16))
+        take(K, torch.bfloat16, other_kernels(arch, K))
+        if every and (K < 256 or SHARED[arch] >= triton_configs.WIDE_KIB):
+            take(K, torch.float32, rule_kernels(arch, K, torch.float32))
+    sys.stdout.write(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
