@@ -12,7 +12,7 @@ after the chunk, and er = exp(gc_C - gc), per chunk:
 
 The diagonal of dP, where no decay enters, is kept apart: the gradient of g then sums only what carries a decay, and keeps its
 digits when that is strong. In it rows of dP and Z stand against columns, and most of them cancel: both must come from one
-rounded matrix. So beta is in it for both, and is divided out of dbeta; a floor of beta, which float32 sums do not see, makes that
+rounded matrix. So beta is in it for both, and is divided out of dbeta; a floor of beta, which no float32 sum sees, makes that
 exact at 0 (in float16, which has no such numbers, dbeta there lacks what its own chunk adds). `_d_states` is the mirror of
 `_states`; `_gradients` reads S and D once.
 """
