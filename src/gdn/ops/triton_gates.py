@@ -3,9 +3,6 @@
 Launchers only; autograd and checks are elsewhere. Everything is float32; only a, b, da and db have the projection's dtype.
 """
 
-# mypy: disallow-untyped-defs=False, check-untyped-defs=False
-# Kernels have no types to give; launchers do, and are checked.
-
 import torch
 import triton
 import triton.language as tl

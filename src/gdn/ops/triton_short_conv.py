@@ -9,8 +9,8 @@ Launchers only, forward and step: `triton_short_conv_backward` has the gradients
 In shape comments D = 2 H K + HV V, the columns q | k | v; taps[i] belongs to the input W - 1 - i tokens ago.
 """
 
-# mypy: disallow-untyped-defs=False, disable-error-code=assignment
-# Kernels have no types to give, and their tuples grow.
+# mypy: disable-error-code=assignment
+# Tuples grow in kernels.
 
 import torch
 import triton

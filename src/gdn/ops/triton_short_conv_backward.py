@@ -5,8 +5,8 @@ beyond their ends: an input's gradient comes from its own token and the next W -
 Gradients of the taps and the bias stay in registers to the end of the strips: one partial sum a program.
 """
 
-# mypy: disallow-untyped-defs=False, disable-error-code=assignment
-# Kernels have no types to give, and their tuples grow.
+# mypy: disable-error-code=assignment
+# Tuples grow in kernels.
 
 import torch
 import triton
