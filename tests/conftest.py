@@ -1,10 +1,18 @@
-"""What all tests share: where recorded data lies."""
+"""What all tests share: where recorded data lies, and where GPU kernels run: on a GPU, or in Triton's interpreter.
 
+The interpreter must be chosen before anything imports triton, which libraries do: so here, for every test.
+"""
+
+import importlib.util
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+
+if importlib.util.find_spec("triton") and not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 

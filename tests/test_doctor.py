@@ -124,7 +124,8 @@ def test_a_wrong_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
         ("3.7.0", (9, 0), None),  # transposes a tensor-core result wrongly; no kernel does that
         ("3.7.1", (9, 0), None),
         ("3.10.0+git12ab", (9, 0), None),
-        ("4.0.0", (10, 3), None),
+        ("4.0.0", (10, 3), "compute capability 10.3 has too little tensor memory"),
+        ("4.0.0", (12, 1), None),
         ("3.5.1", (9, 0), "lacks the Gluon"),
         ("3.4.0", (9, 0), "pip install 'triton>=3.6'"),
         ("3.4.0", (8, 0), None),

@@ -58,9 +58,11 @@ def pair_refusal(triton_version: str, capability: tuple[int, int]) -> str | None
     (flash-linear-attention #640; mended in 3.7.1). These kernels transpose what they loaded and never a result, and `gdn
     doctor` looks for what such a fault would do.
     """
+    dotted = ".".join(map(str, capability))
     if capability < OLDEST_CAPABILITY:
-        dotted = ".".join(map(str, capability))
         return f"compute capability {dotted} is below 8.0, without tensor cores for bfloat16; use backend 'torch'"
+    if capability[0] in (10, 11):
+        return f"compute capability {dotted} has too little tensor memory for these tiles; use backend 'torch'"
     match = re.match(r"(\d+)\.(\d+)", triton_version)
     if match is None:
         return f"Triton calls itself {triton_version!r}; expected a version like 3.6.0: pip install 'triton>=3.6'"

@@ -26,8 +26,8 @@ class Config(NamedTuple):
 # fits and spills least). Blocks are halved until they divide V.
 _NARROW = {
     227: {"intra": Config(64, 4, 3), "states": Config(128, 8, 2), "d_states": Config(128, 8, 2), "gradients": Config(64, 8, 3)},
-    163: {"intra": Config(64, 4, 3), "states": Config(32, 4, 2), "d_states": Config(32, 4, 2), "gradients": Config(64, 8, 3)},
-    99: {"intra": Config(64, 4, 2), "states": Config(32, 4, 1), "d_states": Config(32, 4, 1), "gradients": Config(64, 8, 2)},
+    163: {"intra": Config(64, 4, 3), "states": Config(64, 8, 2), "d_states": Config(64, 8, 2), "gradients": Config(64, 8, 3)},
+    99: {"intra": Config(64, 4, 2), "states": Config(64, 8, 1), "d_states": Config(64, 8, 1), "gradients": Config(64, 8, 2)},
 }
 # Float32 is multiplied outside the tensor cores, from registers: small tiles. For checks and small models, not for speed.
 _WIDE = {"intra": Config(64, 8, 1), "states": Config(16, 8, 1), "d_states": Config(16, 8, 1), "gradients": Config(16, 8, 1)}
@@ -42,7 +42,7 @@ def choose(kernel: str, narrow: bool, size: int, shared_memory: int) -> Config:
     block = config.block
     while size % block:
         block //= 2
-    if "states" in kernel and block < 128:
+    if "states" in kernel and block < config.block:
         return Config(block, 4, config.num_stages)  # half a tile is half the warps' work
     return config._replace(block=block)
 
