@@ -307,10 +307,10 @@ def test_inputs_stay_as_they_are_and_graphs_can_be_kept() -> None:
     assert all(torch.equal(inputs[name], before[name]) for name in inputs)
 
 
-@pytest.mark.parametrize("lengths", [None, [65, 1, 9]], ids=["batch", "packed"])
+@pytest.mark.parametrize("lengths", [None, [1, 1, 1]], ids=["batch", "packed"])
 def test_operators_keep_their_contract_with_pytorch(lengths: list[int] | None) -> None:
     """Packed so that every chunk there is room for is one: of the others nothing is written."""
-    inputs = float32(rule_inputs(SMALL, N=len(lengths or [0])))
+    inputs = float32(rule_inputs(Shape(1, 3, 1, 1, 64, 32), N=len(lengths or [0])))
     cu_seqlens = None if lengths is None else boundaries(lengths)
     tensors = [inputs[name] for name in NAMES]
     plain = (*tensors[:5], 0.125, tensors[5], cu_seqlens, True)
