@@ -143,7 +143,7 @@ def main() -> None:
     def take(K: int, dtype: torch.dtype, reports: Iterator[dict[str, Any]]) -> None:
         found.extend(report | {"K": K, "dtype": NAMES[dtype]} for report in reports)
 
-    for K in (64, 128, 256) if every else (256,):
+    for K in (64, 128, 256) if every else (128, 256) if arch == 90 else (256,):
         if arch == 90:
             take(K, torch.bfloat16, hopper_kernels(K))
         if arch == 90 and not every:

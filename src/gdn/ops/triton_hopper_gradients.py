@@ -1,8 +1,8 @@
 """The rule's gradients chunk by chunk on Hopper: `triton_backward._gradients` with asynchronous copies and tensor cores.
 
 A tile is one chunk, one head and 128 columns of the keys. One program an SM walks over its tiles: two groups of four warps take
-64 columns each and never wait for each other; a single further warp keeps three blocks of the next inputs on their way from
-memory. Same algebra and names as in `triton_backward`.
+64 columns each and, of the two matrices of pairs, one each, which they exchange once a tile; a single further warp keeps three
+blocks of the next inputs on their way from memory. Same algebra and names as in `triton_backward`.
 """
 
 import torch
@@ -121,8 +121,9 @@ def _compute(
 ):  # fmt: skip
     X, do, dv, S, D = blocks
     q, k, gates = keys
+    both, diagonals, exchanged = pairs
     full, empty, keys_full, keys_empty = bars
-    dtype: gl.constexpr = pairs.dtype
+    dtype: gl.constexpr = both.dtype
     q_, k_ = q.index(GROUP).reshape([64, 64]), k.index(GROUP).reshape([64, 64])
     i, j = gl.arange(0, 64, _ROW), gl.arange(0, 64, _COLUMN)
     zeros = gl.zeros([64, 64], gl.float32, _SQUARE)
@@ -130,8 +131,7 @@ def _compute(
     visit = 0
     for t in range(gl.program_id(0), tiles, gl.num_programs(0)):
         b, start, hv, kb, tile = _tile(t, per_row, HV, K // 128)
-        do_X = zeros
-        dv_X = zeros
+        pair = zeros
         read = zeros
         wrote = zeros
         erased = zeros
@@ -146,57 +146,54 @@ def _compute(
             wrote = warpgroup_mma(X_, D_, wrote, is_async=True)
             read = warpgroup_mma(do_, S_, read, is_async=True)
             erased = warpgroup_mma(dv_, S_, erased, is_async=True)
-            do_X = warpgroup_mma(do_, X_.permute((1, 0)), do_X, is_async=True)
-            dv_X = warpgroup_mma(dv_, X_.permute((1, 0)), dv_X, is_async=True)
+            if GROUP == 0:
+                pair = warpgroup_mma(do_, X_.permute((1, 0)), pair, is_async=True)
+            else:
+                pair = warpgroup_mma(dv_, X_.permute((1, 0)), pair, is_async=True)
             carried += gl.sum(S_.load(_PLAIN).to(gl.float32) * D_.load(_PLAIN).to(gl.float32), 1)
-            wrote, read, erased, do_X, dv_X = warpgroup_mma_wait(0, deps=[wrote, read, erased, do_X, dv_X])
+            wrote, read, erased, pair = warpgroup_mma_wait(0, deps=[wrote, read, erased, pair])
             fence_async_shared()
             gl.thread_barrier()
             mbarrier.arrive(empty.index(slot), count=1)
-            if vb == V // 64 - 1:  # here, not below: in a loop without a branch ptxas finds too few registers
-                mbarrier.wait(keys_full, visit & 1)
             n += 1
 
+        mbarrier.wait(keys_full, visit & 1)
+        # The keys are there: so both groups are done with the last tile, and with its pairs.
         high_i, high_j = gates.index(4).reshape([64]).load(_ROW), gates.index(4).reshape([64]).load(_COLUMN)
         low_i, low_j = gates.index(5).reshape([64]).load(_ROW), gates.index(5).reshape([64]).load(_COLUMN)
         difference = (high_i[:, None] - high_j[None, :]) + (low_i[:, None] - low_j[None, :])
         decay = gl.where(i[:, None] > j[None, :], gl.exp(gl.minimum(difference, 0.0)), 0.0)
-        diagonal = gl.sum(gl.where(i[:, None] == j[None, :], do_X, 0.0), 1) * scale
         floored_j = gl.maximum(gates.index(3).reshape([64]).load(_COLUMN), LEAST_BETA)
-        do_X *= decay * (floored_j * scale)[None, :]
-        dv_X *= decay * -floored_j[None, :]
-        pairs.store(do_X.to(dtype))
+        if GROUP == 0:
+            diagonals.store(gl.sum(gl.where(i[:, None] == j[None, :], pair, 0.0), 1) * scale)
+            pair *= decay * (floored_j * scale)[None, :]
+        else:
+            pair *= decay * -floored_j[None, :]
+        both.index(GROUP).store(pair.to(dtype))
         fence_async_shared()
         gl.thread_barrier()
-        within = warpgroup_mma(pairs.permute((1, 0)), q_, zeros, use_acc=False, is_async=True)
+        mbarrier.arrive(exchanged, count=1)
         before = gates.index(0).reshape([64]).load(_ROW)
         read *= (before * scale)[:, None]
-        first = gl.convert_layout(do_X.to(dtype), _OPERAND)
-        read = warpgroup_mma(first, k_, read, is_async=True)
         erased *= -before[:, None]
-        second = gl.convert_layout(dv_X.to(dtype), _OPERAND)
-        erased = warpgroup_mma(second, k_, erased, is_async=True)
-        narrow = dv_X.to(dtype)
         wrote *= gates.index(2).reshape([64]).load(_ROW)[:, None]
-        e_after = gl.sum(k_.load(_SQUARE).to(gl.float32) * wrote, 1)
-        within, read, erased, first, second = warpgroup_mma_wait(0, deps=[within, read, erased, first, second])
-        gl.thread_barrier()
-        pairs.store(narrow)
-        fence_async_shared()
-        gl.thread_barrier()
-        within = warpgroup_mma(pairs.permute((1, 0)), k_, within, is_async=True)
+        mbarrier.wait(exchanged, visit & 1)
+        first, second = both.index(0), both.index(1)
+        within = warpgroup_mma(first.permute((1, 0)), q_, zeros, use_acc=False, is_async=True)
+        within = warpgroup_mma(second.permute((1, 0)), k_, within, is_async=True)
+        read = warpgroup_mma(first, k_, read, is_async=True)
+        erased = warpgroup_mma(second, k_, erased, is_async=True)
         beta = gates.index(3).reshape([64]).load(_ROW)
+        e_after = gl.sum(k_.load(_SQUARE).to(gl.float32) * wrote, 1)
+        diagonal = diagonals.load(_ROW)
         direct = beta * diagonal
+        within, read, erased = warpgroup_mma_wait(0, deps=[within, read, erased])
         qf = q_.load(_SQUARE).to(gl.float32)
-        d_gc = gl.sum(qf * read, 1)
         kf = k_.load(_SQUARE).to(gl.float32)
-        d_gc += gl.sum(kf * erased, 1)
-        read += direct[:, None] * kf
-        erased += direct[:, None] * qf
-        within = warpgroup_mma_wait(0, deps=[within])
-        kf = k_.load(_SQUARE).to(gl.float32)
+        d_gc = gl.sum(qf * read, 1) + gl.sum(kf * erased, 1)
         e_within = gl.sum(kf * within, 1)
-        erased += beta[:, None] * wrote + within
+        read += direct[:, None] * kf
+        erased += direct[:, None] * qf + (beta[:, None] * wrote + within)
         part = kb * 2 + GROUP
         direct = gl.where(part == 0, diagonal * gates.index(6).reshape([64]).load(_ROW), 0.0)
         sums = partial + (part * tiles_in_all + tile).to(gl.int64) * 256 + i
@@ -227,8 +224,8 @@ def _gradients(
     q = gl.allocate_shared_memory(dtype, [2, 1, 64, 64], q_in.layout)
     k = gl.allocate_shared_memory(dtype, [2, 1, 64, 64], q_in.layout)
     gates = gl.allocate_shared_memory(gl.float32, [7, 1, 64], gates_in.layout)
-    pairs0 = gl.allocate_shared_memory(dtype, [64, 64], S_in.layout)
-    pairs1 = gl.allocate_shared_memory(dtype, [64, 64], S_in.layout)
+    both = gl.allocate_shared_memory(dtype, [2, 64, 64], S_in.layout)
+    diagonals = gl.allocate_shared_memory(gl.float32, [64], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     full = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     keys_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
@@ -238,11 +235,13 @@ def _gradients(
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(keys_full, count=1)
     mbarrier.init(keys_empty, count=2)
-    blocks, keys, bars = (X, do, dv, S, D), (q, k, gates), (full, empty, keys_full, keys_empty)
+    exchanged = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    mbarrier.init(exchanged, count=2)
+    blocks, keys, pairs, bars = (X, do, dv, S, D), (q, k, gates), (both, diagonals, exchanged), (full, empty, keys_full, keys_empty)
     gl.warp_specialize(
         [
-            (_compute, (dq, dk, blocks, keys, pairs0, bars, partial, scale, tiles, tiles_in_all, T, per_row, HV, K, V, 0)),
-            (_compute, (dq, dk, blocks, keys, pairs1, bars, partial, scale, tiles, tiles_in_all, T, per_row, HV, K, V, 1)),
+            (_compute, (dq, dk, blocks, keys, pairs, bars, partial, scale, tiles, tiles_in_all, T, per_row, HV, K, V, 0)),
+            (_compute, (dq, dk, blocks, keys, pairs, bars, partial, scale, tiles, tiles_in_all, T, per_row, HV, K, V, 1)),
             (_load, (q_in, k_in, X_in, do_in, dv_in, S_in, D_in, gates_in, blocks, keys, bars, tiles, per_row, H, HV, K, V)),
         ],
         [4, 1], [240, 24],
