@@ -13,8 +13,9 @@ from typing import Any
 
 import torch
 import triton.backends.nvidia
+from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource, compile
+from triton.compiler import ASTSource, compile, make_backend
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
@@ -45,7 +46,9 @@ def signature(kernel: Any, values: dict[str, Any], constants: dict[str, Any]) ->
 
 def compiled(arch: int, kernel: Any, values: dict[str, Any], constants: dict[str, Any], **options: Any) -> dict[str, Any]:
     source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, *signature(kernel, values, constants))
-    result = compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    target = GPUTarget("cuda", arch, 32)
+    translate_where_all_numbers_are_1(target, kernel, values, constants, options)
+    result = compile(source, target=target, options=options)
     report = {"kernel": kernel.__name__, "shared": result.metadata.shared}
     if kernel.is_gluon():
         with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
@@ -54,6 +57,19 @@ def compiled(arch: int, kernel: Any, values: dict[str, Any], constants: dict[str
             said = subprocess.run(command, capture_output=True, text=True, check=True)
         report["serialised"] = "Potential Performance Loss" in said.stdout + said.stderr
     return report
+
+
+def translate_where_all_numbers_are_1(
+    target: GPUTarget, kernel: Any, values: dict[str, Any], constants: dict[str, Any], options: dict[str, Any]
+) -> None:
+    """Triton makes constants of arguments that are 1 (one row, one head, one chunk): the kernel must make sense with them."""
+    ones = {p.name: 1 for p in kernel.params if values.get(p.name) == "i32" and not p.do_not_specialize}
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, *signature(kernel, values, constants | ones))
+    backend, context = make_backend(target), ir.context()
+    ir.load_dialects(context)
+    backend.load_dialects(context)
+    parsed = backend.parse_options(options)
+    source.make_ir(target, parsed, backend.get_codegen_implementation(parsed), backend.get_module_map(), context)
 
 
 def tile(*block: int, dtype: str = "bf16") -> str:

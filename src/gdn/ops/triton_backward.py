@@ -270,7 +270,7 @@ def _gradients(
     tl.store(dk + out, (beta[:, None] * wrote + within + erased + direct * qf).to(dtype), mask=valid[:, None])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["count"])  # one chunk of one head would make it a constant, which has no dtype
 def _finish(
     partial, gates, dg, dbeta, cu_seqlens, first, sequence, T, per_row, N, count, HV: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip
