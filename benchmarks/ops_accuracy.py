@@ -31,9 +31,9 @@ class Case(NamedTuple):
         return f"{dtype}, {self.shape}, g {self.gate}, beta {self.beta}, rows {self.rows}"
 
 
-def cases(sizes: Sequence[int], quick: bool) -> Iterator[Case]:
+def cases(dtypes: Sequence[str], sizes: Sequence[int], quick: bool) -> Iterator[Case]:
     """One thing at a time, and the hard corner: hardly any decay, full overwrites, repeated keys."""
-    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+    for dtype in (getattr(torch, name) for name in dtypes):
         for size in sizes:
             usual, long = Shape(2, 1000, 2, size, size), Shape(1, 65536, 2, size, size)
             yield Case(dtype, usual)
@@ -95,10 +95,10 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return error / size if size else (float("inf") if error else 0.0)
 
 
-def accuracy(sizes: Sequence[int], quick: bool) -> Result:
+def accuracy(dtypes: Sequence[str], sizes: Sequence[int], quick: bool) -> Result:
     """Prints the worst of each tensor and the worst ratios; returns every case's errors."""
     results: Result = {}
-    for number, case in enumerate(cases(sizes, quick)):
+    for number, case in enumerate(cases(dtypes, sizes, quick)):
         inputs, gradients = inputs_of(case, number)
         wide = computed(gdn_rule, [x.double() for x in inputs], gradients)
         results[str(case)] = result = {"gdn": {}} if case.dtype == torch.float32 else {"gdn": {}, "fla": {}}

@@ -263,12 +263,18 @@ def tune_step() -> None:
         print(f"{name:30}" + "".join(f"{cell:>16}" for cell in cells))
 
 
-def profile() -> None:
-    """The kernels of a forward and backward: us a run, for the bare rule and the layer's path."""
-    do = Random(99).normal(*BARE_256[:3], BARE_256.V, dtype=torch.bfloat16)
+def profile(rows: list[str], wanted: set[str]) -> None:
+    """The kernels of a forward and backward: us a run, of those rows that are not of single steps."""
     activities = [torch.profiler.ProfilerActivity.CUDA, torch.profiler.ProfilerActivity.CPU]
-    for row, columns in {"bare256": rule_columns(BARE_256, 1), "layer": layer_columns(BARE_256, 3)}.items():
+    shapes = {"bare256": BARE_256, "bare128": BARE_128, "layer": BARE_256, "long": LONG}
+    for row, shape in shapes.items():
+        if row not in rows:
+            continue
+        do = Random(99).normal(*shape[:3], shape.V, dtype=torch.bfloat16)
+        columns = layer_columns(shape, 3) if row == "layer" else rule_columns(shape, 1)
         for name, (make_call, make_inputs) in columns.items():
+            if name not in wanted | {"gdn"}:
+                continue
             result: Result = {}
             print(f"\n{row}, {name}: us a forward and backward, launches a run, kernel")
             with reported(result):
@@ -314,6 +320,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--accuracy", action="store_true", help="errors against float64 instead of times")
     parser.add_argument("--quick", action="store_true", help="with --accuracy: three cases of each size and dtype")
     parser.add_argument("--sizes", default="256,128,64", help="with --accuracy: some of these K = V (FLA tunes for minutes)")
+    parser.add_argument("--dtypes", default="bfloat16,float16,float32", help="with --accuracy: some of these")
     parser.add_argument("--profile", action="store_true", help="tables of kernels instead of times")
     parser.add_argument("--tune-step", action="store_true", help="every configuration of the step kernel instead")
     options = parser.parse_args(arguments)
@@ -334,12 +341,16 @@ def main(arguments: list[str] | None = None) -> None:
     if options.accuracy:
         from ops_accuracy import accuracy
 
-        results = accuracy([int(size) for size in options.sizes.split(",")], options.quick)
+        sizes = [int(size) for size in options.sizes.split(",")]
+        results = accuracy(options.dtypes.split(","), sizes, options.quick)
         if options.write:
             write(options.output / f"ops_accuracy_{gpu}.json", about | {"results": results})
         return
     if options.profile or options.tune_step:
-        (profile if options.profile else tune_step)()
+        if options.profile:
+            profile(rows, wanted)
+        else:
+            tune_step()
         return
     limits = ceilings()
     print(f"bf16 matmul {limits['matmul_tflops']:.0f} TFLOP/s, copy {limits['copy_tb_s']:.2f} TB/s")

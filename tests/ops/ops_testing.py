@@ -1,4 +1,4 @@
-"""What the operators' tests share: the one tolerance table, comparison, random inputs of the rule, and two dispatch modes."""
+"""What the operators' tests share: tolerance table, comparison, random inputs of the rule and of a layer, dispatch modes."""
 
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
@@ -138,3 +138,28 @@ class LargestTensor(TorchDispatchMode):
             if isinstance(x, Tensor):
                 self.numel = max(self.numel, x.numel())
         return result
+
+
+EXTRA = 3  # columns of a layer's projection that are not the operator's
+
+
+def sizes(H: int, K: int, HV: int, V: int) -> dict[str, Any]:
+    return {"num_heads": H, "head_dim": K, "num_v_heads": HV, "head_v_dim": V}
+
+
+def layer_inputs(B: int, T: int, H: int, K: int, HV: int, V: int, W: int, N: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(T)
+    D = 2 * H * K + HV * V
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator)
+
+    return {
+        "proj": normal(B, T, D + 2 * HV + EXTRA),
+        "conv_weight": normal(D, W) / 2,
+        "conv_bias": normal(D),
+        "A_log": normal(HV).sigmoid().log(),
+        "dt_bias": normal(HV) - 2,
+        "conv_state": normal(N, W - 1, D),
+        "initial_state": normal(N, HV, K, V),
+    }

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from ops_testing import TOLERANCE, boundaries, relative_error
+from ops_testing import EXTRA, TOLERANCE, boundaries, layer_inputs, relative_error, sizes
 from torch import Tensor
 
 from gdn.errors import BackendError
@@ -21,7 +21,6 @@ from gdn.ops import (
 )
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-EXTRA = 3  # columns of the projection that are not the operator's
 
 
 @pytest.fixture(autouse=True)
@@ -31,28 +30,6 @@ def short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
         for module, way in (("triton_short_conv", "FORWARD"), ("triton_short_conv_backward", "BACKWARD")):
             monkeypatch.setattr(f"gdn.ops.{module}.{way}_TOKENS", 8)
             monkeypatch.setattr(f"gdn.ops.{module}.{way}_WARPS", 4)  # strips beside each other, in one program
-
-
-def sizes(H: int, K: int, HV: int, V: int) -> dict[str, Any]:
-    return {"num_heads": H, "head_dim": K, "num_v_heads": HV, "head_v_dim": V}
-
-
-def layer_inputs(B: int, T: int, H: int, K: int, HV: int, V: int, W: int, N: int) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(T)
-    D = 2 * H * K + HV * V
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator)
-
-    return {
-        "proj": normal(B, T, D + 2 * HV + EXTRA),
-        "conv_weight": normal(D, W) / 2,
-        "conv_bias": normal(D),
-        "A_log": normal(HV).sigmoid().log(),
-        "dt_bias": normal(HV) - 2,
-        "conv_state": normal(N, W - 1, D),
-        "initial_state": normal(N, HV, K, V),
-    }
 
 
 def run(inputs: dict[str, Tensor], dtype: torch.dtype, **options: Any) -> dict[str, Tensor]:

@@ -69,9 +69,9 @@ def test_blocks_divide_what_they_cut(narrow: bool, shared_memory: int) -> None:
 
 
 def test_measured_tiles_are_those_of_the_gpu_they_were_measured_on() -> None:
-    assert tuple(choose("states", True, 256, 227 * 1024)) == (128, 8, 2)
-    assert tuple(choose("states", True, 256, 163 * 1024)) == (64, 8, 2)
-    assert tuple(choose("states", True, 96, 227 * 1024)) == (32, 4, 2)
+    assert choose("states", True, 256, 227 * 1024)[:3] == (128, 8, 2)
+    assert choose("states", True, 256, 163 * 1024)[:3] == (64, 8, 2)
+    assert choose("states", True, 96, 227 * 1024)[:3] == (32, 4, 2)
 
 
 def test_the_table_needs_no_triton() -> None:

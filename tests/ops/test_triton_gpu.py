@@ -1,16 +1,23 @@
 """The rule's kernels on the GPU that is there, Hopper's own among them: values, gradients, and which bits must be the same.
 
-`python -m pytest -m gpu tests/ops`; none of this runs without a GPU.
+`python -m pytest -m gpu tests/ops`; none of this runs without a GPU. And where compute-sanitizer runs, for accesses beside a
+tensor: `PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 1 python -m pytest -m gpu tests/ops -k small_case`.
 """
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-from ops_testing import Shape, boundaries, relative_error, rule_inputs
+from ops_testing import EXTRA, Shape, boundaries, layer_inputs, relative_error, rule_inputs, sizes
 from torch import Tensor
 
-from gdn.ops import gated_delta_rule, gated_delta_rule_step, gated_delta_rule_with_state
+from gdn.ops import (
+    conv_gated_delta_rule_step,
+    conv_gated_delta_rule_with_state,
+    gated_delta_rule,
+    gated_delta_rule_step,
+    gated_delta_rule_with_state,
+)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -72,6 +79,30 @@ def test_values_and_gradients(shape: Shape, dtype: torch.dtype) -> None:
 def test_packed_rows(K: int, lengths: list[int]) -> None:
     inputs = on_gpu(Shape(1, sum(lengths), 1, 2, K, K), torch.bfloat16, N=len(lengths))
     check(inputs, torch.bfloat16, boundaries(lengths).cuda())
+
+
+@pytest.mark.parametrize("lengths", [None, [66, 0, 3]], ids=["batch", "packed"])
+@pytest.mark.parametrize("K", [64, 128, 256])
+def test_a_small_case_of_each_kernel(K: int, lengths: list[int] | None) -> None:
+    """Projection to output and back, and one token more, at a size with kernels of its own on Hopper."""
+    inputs = layer_inputs(1, 69, 1, K, 2, 128, 4, N=1 if lengths is None else len(lengths))
+    cu_seqlens = None if lengths is None else boundaries(lengths).cuda()
+    heads, found = sizes(1, K, 2, 128), {}
+    for backend in ("torch", "triton"):
+        leaves = {name: x.cuda().to(torch.bfloat16 if name == "proj" else x.dtype) for name, x in inputs.items()}
+        leaves = {name: x.requires_grad_() for name, x in leaves.items()}
+        results = conv_gated_delta_rule_with_state(**leaves, **heads, cu_seqlens=cu_seqlens, backend=backend)  # type: ignore[arg-type]
+        generator = torch.Generator().manual_seed(1)
+        upstream = [torch.randn(x.shape, generator=generator).to(x) for x in results]
+        gradients = torch.autograd.grad(results, list(leaves.values()), upstream)
+        constants = {name: x.detach() for name, x in leaves.items() if name not in ("proj", "conv_state", "initial_state")}
+        rows = leaves["proj"].detach()[0, : len(results[2])]
+        states = {"conv_state": results[1].detach().clone(), "state": results[2].detach().clone()}
+        o = conv_gated_delta_rule_step(rows, **constants, **states, **heads, backend=backend)  # type: ignore[arg-type]
+        found[backend] = [*results, *gradients, o, *states.values()]
+    assert not found["triton"][3][..., -EXTRA:].any()  # the projection's gradient beside the operator's columns
+    errors = [relative_error(got, wanted) for got, wanted in zip(found["triton"], found["torch"])]
+    assert max(errors) <= 2e-2, errors
 
 
 @pytest.mark.parametrize("T", [16384, 18432])

@@ -15,17 +15,24 @@ class Config(NamedTuple):
     block: int  # intra: keys a loop step; states, d_states: values a program; gradients: values a loop step
     num_warps: int
     num_stages: int
+    registers: int | None = None  # a thread at most
 
     def launch(self) -> dict[str, Any]:
         """Keyword arguments of a launch."""
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        options = {"num_warps": self.num_warps, "num_stages": self.num_stages}
+        return options if self.registers is None else options | {"maxnreg": self.registers}
 
 
 # 16-bit input, by the least shared memory a block may have: 227 KB from compute capability 9.0 on (timed on an H200 at K = V =
-# 256, B16 T2048 H4: 63, 211, 280 and 925 us), 163 KB at 8.0, 99 KB at 8.6 and 8.9 (both compiled ahead of time, not timed: what
+# 256, B16 T2048 H4: 62, 211, 280 and 925 us), 163 KB at 8.0, 99 KB at 8.6 and 8.9 (both compiled ahead of time, not timed: what
 # fits and spills least). Blocks are halved until they divide V.
 _NARROW = {
-    227: {"intra": Config(64, 4, 3), "states": Config(128, 8, 2), "d_states": Config(128, 8, 2), "gradients": Config(64, 8, 3)},
+    227: {
+        "intra": Config(64, 4, 3, registers=128),
+        "states": Config(128, 8, 2),
+        "d_states": Config(128, 8, 2),
+        "gradients": Config(64, 8, 3),
+    },
     163: {"intra": Config(64, 4, 3), "states": Config(64, 8, 2), "d_states": Config(64, 8, 2), "gradients": Config(64, 8, 3)},
     99: {"intra": Config(64, 4, 2), "states": Config(64, 8, 1), "d_states": Config(64, 8, 1), "gradients": Config(64, 8, 2)},
 }

@@ -136,7 +136,7 @@ def _compute(
         wrote = zeros
         erased = zeros
         carried = gl.zeros([64], gl.float32, gl.SliceLayout(1, _PLAIN))
-        for vb in range(V // 64):
+        for _vb in range(V // 64):
             slot = n % RING
             mbarrier.wait(full.index(slot), n // RING & 1)
             X_ = X.index(slot).reshape([64, 64])
@@ -230,14 +230,19 @@ def _gradients(
     empty = gl.allocate_shared_memory(gl.int64, [RING, 1], mbarrier.MBarrierLayout())
     keys_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     keys_empty = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    exchanged = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     for i in gl.static_range(RING):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=2)
     mbarrier.init(keys_full, count=1)
     mbarrier.init(keys_empty, count=2)
-    exchanged = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
     mbarrier.init(exchanged, count=2)
-    blocks, keys, pairs, bars = (X, do, dv, S, D), (q, k, gates), (both, diagonals, exchanged), (full, empty, keys_full, keys_empty)
+    blocks, keys, pairs, bars = (
+        (X, do, dv, S, D),
+        (q, k, gates),
+        (both, diagonals, exchanged),
+        (full, empty, keys_full, keys_empty),
+    )
     gl.warp_specialize(
         [
             (_compute, (dq, dk, blocks, keys, pairs, bars, partial, scale, tiles, tiles_in_all, T, per_row, HV, K, V, 0)),
