@@ -31,11 +31,13 @@ class Case(NamedTuple):
         return f"{dtype}, {self.shape}, g {self.gate}, beta {self.beta}, rows {self.rows}"
 
 
+# Rows enough that a case says something of the method: errors of d_g and d_beta are those of the few tokens that the largest
+# gradients of states reach, so that with 4 rows either implementation was up to twice as good as the other by luck.
 def cases(dtypes: Sequence[str], sizes: Sequence[int], quick: bool) -> Iterator[Case]:
     """One thing at a time, and the hard corner: hardly any decay, full overwrites, repeated keys."""
     for dtype in (getattr(torch, name) for name in dtypes):
         for size in sizes:
-            usual, long = Shape(2, 1000, 2, size, size), Shape(1, 65536, 2, size, size)
+            usual, long = Shape(16, 1000, 4, size, size), Shape(1, 65536, 2, size, size)
             yield Case(dtype, usual)
             yield Case(dtype, usual, "-1e-4", "0.999", "repeated")
             yield Case(dtype, usual, "-20")
@@ -45,7 +47,7 @@ def cases(dtypes: Sequence[str], sizes: Sequence[int], quick: bool) -> Iterator[
             yield from (Case(dtype, usual, beta=beta) for beta in ("0.001", "0.5", "0.999"))
             yield from (Case(dtype, usual, gate, "0.001") for gate in ("-1e-4", "-5"))
             yield from (Case(dtype, usual, rows=rows) for rows in ("repeated", "zero"))
-            yield from (Case(dtype, usual._replace(T=T)) for T in (1, 63, 64, 65))
+            yield from (Case(dtype, usual._replace(B=64, T=T)) for T in (1, 63, 64, 65))
             yield from (Case(dtype, long, gate) for gate in ("mixed", "-1e-4"))
 
 
@@ -133,7 +135,7 @@ def show(results: Result) -> None:
         print("\nthe highest ratios gdn / fla of the errors")
         for ratio, ours, theirs, tensor, case in sorted(ratios, reverse=True)[:40]:
             print(f"  {ratio:7.2f}  {ours:8.1e} {theirs:8.1e}  {tensor:14} {case}")
-        above = sum(ratio > 1.1 for ratio, *_ in ratios)
-        print(f"  {len(ratios)} tensors, median ratio {sorted(ratios)[len(ratios) // 2][0]:.2f}, {above} above 1.1")
+        above = sum(ratio > 1.2 for ratio, *_ in ratios)
+        print(f"  {len(ratios)} tensors, median ratio {sorted(ratios)[len(ratios) // 2][0]:.2f}, {above} above 1.2")
     for name, error in sorted(failed):
         print(f"  {name} failed: {error}")

@@ -6,6 +6,8 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 import pytest
@@ -152,7 +154,8 @@ def on_gpu(
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"triton": ["triton"]} if version else {})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     monkeypatch.setattr(doctor_kernels, "triton_refusal", lambda *_: backend)
-    monkeypatch.setattr(doctor_kernels, "kernels", lambda device: iter([Check("kernels", True, device)]))
+    monkeypatch.setattr(doctor_kernels, "kernels", lambda device, K, V: [Check("kernels", True, f"{device} {K}")])
+    monkeypatch.setattr(doctor_kernels, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
     monkeypatch.setattr(doctor_kernels, "_long_errors", lambda case, dtype: {"o": 0.0})
     return list(doctor_kernels.kernels_on_gpu())
 
@@ -164,8 +167,18 @@ def test_a_refused_pair_fails_and_no_kernel_is_run(monkeypatch: pytest.MonkeyPat
 
 
 def test_kernels_are_run_where_nothing_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, kernels, long = on_gpu(monkeypatch, (9, 0), "3.6.0")
-    assert pair == Check("triton", True, "3.6.0 on compute capability 9.0") and kernels.detail == "cuda" and long.ok
+    pair, *kernels, long = on_gpu(monkeypatch, (9, 0), "3.6.0")
+    assert pair == Check("triton", True, "3.6.0 on compute capability 9.0") and long.ok
+    assert [check.detail for check in kernels] == [f"cuda {K}" for K, V in doctor_kernels.SIZES]
+
+
+def test_a_process_that_dies_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    def dies(*_: Any) -> Any:
+        raise BrokenProcessPool
+
+    monkeypatch.setattr(ThreadPoolExecutor, "map", dies)
+    _, died, long = on_gpu(monkeypatch, (9, 0), "3.6.0")
+    assert died.ok is False and "died" in died.detail and long.ok
 
 
 def test_no_triton_and_a_refusing_backend_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,7 +215,7 @@ def broken(module, name, *fields):
 def verdict(errors):
     return doctor_kernels._verdict("broken", errors, (torch.float32,))
 
-found = {"right": list(doctor_kernels.kernels("cpu", ((64, 32),), (torch.float32,))), "broken": []}
+found = {"right": doctor_kernels.kernels("cpu", 64, 32, (torch.float32,)), "broken": []}
 for name, field in [("forward", "o"), ("forward", "final_state")] + [
     ("backward", field) for field in ("dq", "dk", "dv", "dg", "dbeta", "d_initial_state")
 ]:
@@ -239,11 +252,11 @@ def interpreted() -> dict[str, list[Check]]:
 
 def test_the_kernels_pass(interpreted: dict[str, list[Check]]) -> None:
     checks = by_name(interpreted["right"])
-    kinds = ("rule", "convolution and rule", "steps", "rule, packed", "convolution and rule, packed")
-    bits = {"triton, cpu, same bits twice", "triton, cpu, rows of a batch = alone"}
-    assert checks.keys() == {f"triton, cpu, {kind}, K = 64, V = 32" for kind in kinds} | bits
+    kinds = ("rule", "convolution and rule", "steps", "packed, rule", "packed, convolution and rule")
+    bits = ("same bits twice", "rows of a batch = alone")
+    assert checks.keys() == {f"triton, cpu, K = 64, V = 32, {kind}" for kind in kinds + bits}
     assert [check for check in checks.values() if check.ok is not True] == []
-    assert checks["triton, cpu, rule, K = 64, V = 32"].detail.startswith("relative error at most float32 ")
+    assert checks["triton, cpu, K = 64, V = 32, rule"].detail.startswith("relative error at most float32 ")
 
 
 def test_each_broken_kernel_fails(interpreted: dict[str, list[Check]]) -> None:

@@ -262,7 +262,11 @@ def _doctor(args: argparse.Namespace) -> int:
         for check in examine():
             checks.append(check)
             status.update(f"{len(checks)} checks done; the last: {check.name}")
-    console.print(table(checks))
+            if not console.is_terminal:  # a log: nothing is lost if it is cut off
+                verdict = {True: "ok", False: "FAILED", None: "-"}[check.ok]
+                print(f"{verdict:6} {check.name}: {check.detail}", flush=True)
+    if console.is_terminal:
+        console.print(table(checks))
     return 1 if any(check.ok is False for check in checks) else 0
 
 

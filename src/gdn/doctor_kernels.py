@@ -4,7 +4,10 @@ Every result is compared with the recurrence, in float64 on the CPU, from the sa
 """
 
 import importlib.metadata
+import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -26,7 +29,7 @@ from gdn.ops.reference import gated_delta_rule_reference
 # Relative 2-norm of the error of outputs, states and gradients alike.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
 KEY_DIMS = (32, 64, 128, 256)  # of the PyTorch form; its values have the same size
-SIZES = ((128, 96), *((K, V) for K in (64, 128, 256) for V in (64, 128, 256)))  # K, V of the kernels; the last is the models'
+SIZES = ((128, 96), (64, 64), (128, 128), (256, 256))  # K, V of the kernels; the last is the models'
 TOKENS = 64 + 5  # a whole chunk, and a rest that the state is carried to
 PACKED = (66, 0, 1, 2)  # tokens of each packed sequence
 LONG = 16384  # tokens of the shortest training sequence that is computed in segments
@@ -84,7 +87,10 @@ def rule(device: str) -> Iterator[Check]:
 
 
 def kernels_on_gpu() -> Iterator[Check]:
-    """All of `kernels` and a long sequence, if Triton is here and not refused on this GPU. Compiling takes minutes, once."""
+    """All of `kernels` and a long sequence, if Triton is here and not refused on this GPU.
+
+    Compiling takes minutes, once: each size has a process of its own.
+    """
     device = torch.device("cuda")
     versions = [importlib.metadata.version(name) for name in importlib.metadata.packages_distributions().get("triton", ())]
     if not versions:
@@ -97,28 +103,27 @@ def kernels_on_gpu() -> Iterator[Check]:
     if refusal:
         yield Check("triton, kernels", None, f"not run: {refusal}")
         return
-    yield from kernels("cuda")
+    with ProcessPoolExecutor(len(SIZES), multiprocessing.get_context("spawn")) as pool:
+        try:
+            for checks in pool.map(partial(kernels, "cuda"), *zip(*SIZES)):
+                yield from checks
+        except BrokenProcessPool:  # a crash in a compiler or driver takes its process with it
+            yield Check("triton, kernels", False, "a process that examined them died; no other size was waited for")
     yield _verdict(f"triton, cuda, rule, T = {LONG}", partial(_long_errors, Case("cuda", 64, 64)), tuple(TOLERANCE))
 
 
-def kernels(
-    device: str, sizes: Sequence[tuple[int, int]] = SIZES, dtypes: Sequence[torch.dtype] = tuple(TOLERANCE)
-) -> Iterator[Check]:
-    """Every Triton kernel at every size: outputs, states, all gradients, steps; packed sequences; which bits must be equal."""
-    for K, V in sizes:
-        case, size = Case(device, K, V), f"K = {K}, V = {V}"
-        yield _verdict(f"triton, {device}, rule, {size}", partial(_rule_errors, case, "triton"), dtypes)
-        yield _verdict(f"triton, {device}, convolution and rule, {size}", partial(_conv_errors, case), dtypes)
-        yield _verdict(f"triton, {device}, steps, {size}", partial(_both_step_errors, case), dtypes)
-    for K, V in sizes:
-        if K != V and len(sizes) > 1:
-            continue
-        packed, size = Case(device, K, V, PACKED), f"packed, K = {K}, V = {V}"
-        yield _verdict(f"triton, {device}, rule, {size}", partial(_rule_errors, packed, "triton"), dtypes)
-        yield _verdict(f"triton, {device}, convolution and rule, {size}", partial(_conv_state_errors, packed), dtypes)
-    case = Case(device, *sizes[-1])
-    yield _same_bits(f"triton, {device}, same bits twice", partial(_repeated, case, dtypes[0]))
-    yield _same_bits(f"triton, {device}, rows of a batch = alone", partial(_rows, case._replace(B=2), dtypes[0]))
+def kernels(device: str, K: int, V: int, dtypes: Sequence[torch.dtype] = tuple(TOLERANCE)) -> list[Check]:
+    """Every Triton kernel at this size: outputs, states, all gradients, steps; packed sequences; which bits must be equal."""
+    name, case, packed = f"triton, {device}, K = {K}, V = {V}", Case(device, K, V), Case(device, K, V, PACKED)
+    return [
+        _verdict(f"{name}, rule", partial(_rule_errors, case, "triton"), dtypes),
+        _verdict(f"{name}, convolution and rule", partial(_conv_errors, case), dtypes),
+        _verdict(f"{name}, steps", partial(_both_step_errors, case), dtypes),
+        _verdict(f"{name}, packed, rule", partial(_rule_errors, packed, "triton"), dtypes),
+        _verdict(f"{name}, packed, convolution and rule", partial(_conv_state_errors, packed), dtypes),
+        _same_bits(f"{name}, same bits twice", partial(_repeated, case, dtypes[0])),
+        _same_bits(f"{name}, rows of a batch = alone", partial(_rows, case._replace(B=2), dtypes[0])),
+    ]
 
 
 Errors = dict[str, float]

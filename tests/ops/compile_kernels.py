@@ -96,6 +96,7 @@ def rule_kernels(arch: int, K: int, dtype: torch.dtype) -> Iterator[dict[str, An
         yield compiled(arch, triton_forward._states, saved, wide | {"BV": table["states"].block}, **table["states"].launch())
     config = table["d_states"]
     yield compiled(arch, triton_backward._d_states, values, wide | {"BV": config.block}, **config.launch())
+    yield compiled(arch, triton_backward._d_initial, values | {"d_initial": "*fp32"}, wide | {"BK": 64, "BV": 32}, num_warps=4)
     config = table["gradients"]
     yield compiled(arch, triton_backward._gradients, values, wide | {"BV": config.block}, **config.launch())
 
@@ -142,7 +143,8 @@ def hopper_kernels(K: int) -> Iterator[dict[str, Any]]:
     values = {"k_in": key, "q_in": key, "A_in": square, "P_in": square, "values_in": token, "gates_in": vector, "out": token}
     values |= {"gates_pointer": "*fp32", "scale": "fp32", "T": "i32", "per_row": "i32"}
     sizes = {"H": 4, "HV": 4, "K": K, "V": V}
-    for extra, reverse in (({}, False), ({"X_out": token, "states": "*bf16"}, False), ({"states": "*bf16"}, True)):
+    saved, ends = {"states": "*bf16"}, {"states": "*bf16", "first_state": "*fp32", "last_state": "*fp32"}
+    for extra, reverse in (({}, False), (saved | {"X_out": token}, False), (saved, True), (ends, True)):
         constants = sizes | {"BK": BK, "REVERSE": reverse}
         yield compiled(90, triton_hopper_states._states, values | extra, constants, num_warps=4, maxnreg=168)
     if K >= 128:

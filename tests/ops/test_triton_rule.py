@@ -101,6 +101,17 @@ def test_float16_matches_reference_of_the_rounded_inputs(shape: Shape) -> None:
     assert not wrong
 
 
+@pytest.mark.parametrize(("g", "beta"), [(-5.0, 0.001), (-20.0, 0.5)])
+def test_float16_keeps_the_digits_of_what_decay_and_small_beta_leave(g: float, beta: float) -> None:
+    """Both make numbers that float16 has few digits for, or none: q . k scale beta; what the first token read of the state."""
+    inputs = half_inputs(rule_inputs(SMALL))
+    inputs |= {"g": torch.full_like(inputs["g"], g), "beta": torch.full_like(inputs["beta"], beta)}
+    got = run_mixed(inputs, backend="triton")
+    wanted = run_mixed({name: x.double() for name, x in inputs.items()}, backend="reference")
+    assert relative_error(got["d_initial_state"], wanted["d_initial_state"]) <= 5e-4
+    assert relative_error(got["o"], wanted["o"]) <= 6e-4
+
+
 def test_no_initial_state_is_a_zero_state() -> None:
     inputs = rule_inputs(SMALL)
     inputs["initial_state"] = torch.zeros_like(inputs["initial_state"])

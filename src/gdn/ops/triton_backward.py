@@ -25,7 +25,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn.ops.triton_configs import configuration
-from gdn.ops.triton_forward import C, Chunks, Intra, chunks_of, on_hopper, place, precision, transitions
+from gdn.ops.triton_forward import LIFT, C, Chunks, Intra, chunks_of, on_hopper, place, precision, sequence_at, transitions
 from gdn.ops.triton_segments import chain, segments_of
 
 
@@ -106,16 +106,22 @@ def carry_back(
 ) -> None:
     """The mirror of `carry`: fills dv, d_states, and d_initial if it is given."""
     (_, T, H, K), (HV, V) = q.shape, do.shape[2:]
+    sizes = {"H": H, "HV": HV, "K": K, "V": V, "PRECISION": precision(do)}
     if on_hopper(do, chunks):
         from gdn.ops.triton_hopper_states import run_states
 
         run_states(q, k, do, *intra, dv, None, d_states, d_final_state, d_initial, scale, reverse=True)
-        return
-    config = configuration("d_states", q, V)
-    _d_states[(chunks.sequences * HV * (V // config.block),)](
-        q, k, *intra, do, d_final_state, dv, d_states, d_initial, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
-        H=H, HV=HV, K=K, V=V, BK=min(K, 128), BV=config.block, PRECISION=precision(do), **config.launch(),
-    )  # fmt: skip
+    else:
+        config = configuration("d_states", q, V)
+        _d_states[(chunks.sequences * HV * (V // config.block),)](
+            q, k, *intra, do, d_final_state, dv, d_states, d_initial, chunks.cu_seqlens, chunks.first, scale, T,
+            chunks.per_row, **sizes, BK=min(K, 128), BV=config.block, **config.launch(),
+        )  # fmt: skip
+    if d_initial is not None:
+        _d_initial[(chunks.sequences * HV * (V // 32),)](
+            q, k, *intra, do, d_initial, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
+            **sizes, BK=64, BV=32, num_warps=4,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -127,11 +133,7 @@ def _d_states(
     NV: tl.constexpr = V // BV
     pid = tl.program_id(0)
     n, hv = pid // (NV * HV), pid // NV % HV
-    if cu_seqlens is None:
-        begin, length, c0 = n.to(tl.int64) * T, T, n * per_row
-    else:
-        begin = tl.load(cu_seqlens + n).to(tl.int64)
-        length, c0 = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32), tl.load(first + n)
+    begin, length, c0 = sequence_at(n, cu_seqlens, first, T, per_row)
     dtype = dv.dtype.element_ty
     rows, columns = tl.arange(0, 64), tl.arange(0, BK)
     values = pid % NV * BV + tl.arange(0, BV)
@@ -159,6 +161,11 @@ def _d_states(
         tl.store(d_states + saved, D0.to(dtype))
         if K > BK:
             tl.store(d_states + saved + BK, D1.to(dtype))
+        if d_initial is not None:  # noqa: SIM102 (known to the compiler, the other not)
+            if i == 0:
+                tl.store(d_initial + state_offsets, D0)
+                if K > BK:
+                    tl.store(d_initial + state_offsets + BK * V, D1)
 
         # The gradient of what a token writes, [BV, 64]: from the state after the chunk and from the outputs in it.
         d = tl.dot(D0.to(dtype), tl.trans(k0), input_precision=PRECISION)
@@ -166,9 +173,9 @@ def _d_states(
             k1 = tl.load(k + keys + BK, mask=valid[:, None], other=0.0)
             q1 = tl.load(q + keys + BK, mask=valid[:, None], other=0.0)
             d = tl.dot(D1.to(dtype), tl.trans(k1), d, input_precision=PRECISION)
-        d *= tl.load(gates + tile * 7 + 64 + rows)[None, :]
+        d *= (tl.load(gates + tile * 7 + 64 + rows) * LIFT)[None, :]
         d = tl.dot(do_, tl.load(P + square), d, input_precision=PRECISION)
-        dv_ = tl.dot(d.to(dtype), tl.load(A + square), input_precision=PRECISION)
+        dv_ = tl.dot((d / LIFT).to(dtype), tl.load(A + square), input_precision=PRECISION)
         tl.store(dv + own, dv_.to(dtype), mask=valid[None, :])
 
         before = tl.load(gates + tile * 7 + rows)
@@ -181,10 +188,54 @@ def _d_states(
             D1 = tl.dot(read, q1, D1 * over, input_precision=PRECISION)
             D1 = tl.dot(erased, k1, D1, input_precision=PRECISION)
 
-    if d_initial is not None:
-        tl.store(d_initial + state_offsets, D0)
-        if K > BK:
-            tl.store(d_initial + state_offsets + BK * V, D1)
+    if d_initial is not None:  # noqa: SIM102 (as above)
+        if count == 0:
+            tl.store(d_initial + state_offsets, D0)
+            if K > BK:
+                tl.store(d_initial + state_offsets + BK * V, D1)
+
+
+@triton.jit
+def _d_initial(
+    q, k, A, P, gates, do, d_initial, cu_seqlens, first, scale, T, per_row,
+    H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Take d_initial, the gradient of the state after a sequence's first chunk, over that chunk, in place.
+
+    As `_d_states` would, but with float32's range and no 16-bit rounding: nothing comes after that would average its errors.
+    """
+    NV: tl.constexpr = V // BV
+    pid = tl.program_id(0)
+    n, hv = pid // (NV * HV), pid // NV % HV
+    begin, length, c0 = sequence_at(n, cu_seqlens, first, T, per_row)
+    if length == 0:
+        return
+    rows, columns = tl.arange(0, 64), tl.arange(0, BK)
+    values = pid % NV * BV + tl.arange(0, BV)
+    valid = rows < length
+    state = d_initial + (n.to(tl.int64) * HV + hv) * K * V + values[:, None] + columns[None, :] * V
+    keys = ((begin + rows) * H + hv // (HV // H))[:, None] * K + columns[None, :]
+    tile = (c0.to(tl.int64) * HV + hv) * 64
+    square = tile * 64 + rows[:, None] * 64 + rows[None, :]
+    own = ((begin + rows) * HV + hv)[None, :] * V + values[:, None]
+
+    d = tl.zeros([BV, 64], tl.float32)
+    for start in tl.static_range(0, K, BK):
+        k_ = tl.load(k + keys + start, mask=valid[:, None], other=0.0).to(tl.float32)
+        d = tl.dot(tl.load(state + start * V), tl.trans(k_), d, input_precision=PRECISION)
+    do_ = tl.load(do + own, mask=valid[None, :], other=0.0).to(tl.float32)
+    d *= (tl.load(gates + tile * 7 + 64 + rows) * LIFT)[None, :]
+    d = tl.dot(do_, tl.load(P + square).to(tl.float32), d, input_precision=PRECISION)
+    dv = tl.dot(d / LIFT, tl.load(A + square).to(tl.float32), input_precision=PRECISION)
+    before = tl.load(gates + tile * 7 + rows)
+    over = tl.load(gates + tile * 7 + 63)
+    read, erased = do_ * (before * scale)[None, :], dv * -before[None, :]
+    for start in tl.static_range(0, K, BK):
+        q_ = tl.load(q + keys + start, mask=valid[:, None], other=0.0).to(tl.float32)
+        k_ = tl.load(k + keys + start, mask=valid[:, None], other=0.0).to(tl.float32)
+        D = tl.dot(read, q_, tl.load(state + start * V) * over, input_precision=PRECISION)
+        tl.store(state + start * V, tl.dot(erased, k_, D, input_precision=PRECISION))
 
 
 LEAST_BETA = tl.constexpr(2.0**-24)  # beside terms of order 1 less than float32 holds

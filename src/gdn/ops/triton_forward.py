@@ -22,6 +22,7 @@ from gdn.ops.triton_configs import configuration
 from gdn.ops.triton_segments import Segments, chain, segments_of
 
 C = 64  # tokens a chunk: the M of one Hopper tensor-core instruction, and the grid that prefill splits keep bits on
+LIFT = tl.constexpr(16.0)  # P is kept so many times larger: float16 has few digits for what beta and scale make small
 _MIN_G = -104.0  # exp of it is 0 in float32: smaller ones, -inf too, mean the same, and sums of them stay finite
 
 
@@ -54,7 +55,7 @@ class Intra(NamedTuple):
     """What does not depend on the state: A, P [chunks, HV, C, C] in v's dtype, and vectors of each token."""
 
     A: Tensor
-    P: Tensor
+    P: Tensor  # times LIFT
     gates: Tensor  # [chunks, HV, 7, C] float32: exp(gc); beta * exp(gc_C - gc); exp(gc_C - gc); beta; gc as a sum of two, which
     # keeps the digits of differences after strong decay; q . k of each token
 
@@ -180,6 +181,17 @@ def place(c, cu_seqlens, first, sequence, T, per_row, N):
 
 
 @triton.jit
+def sequence_at(n, cu_seqlens, first, T, per_row):
+    """Sequence n -> its first token in the flattened [B * T] tokens, its length, and its first chunk."""
+    if cu_seqlens is None:
+        begin, length, c0 = n.to(tl.int64) * T, T, n * per_row
+    else:
+        begin = tl.load(cu_seqlens + n).to(tl.int64)
+        length, c0 = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32), tl.load(first + n)
+    return begin, length, c0
+
+
+@triton.jit
 def _intra(
     q, k, g, beta, A, P, gates, cu_seqlens, first, sequence, scale, T, per_row, N,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, MIN_G: tl.constexpr,
@@ -223,7 +235,7 @@ def _intra(
     difference = (high[:, None] - high[None, :]) + (low[:, None] - low[None, :])
     decay = tl.exp(tl.minimum(difference, 0.0)) * beta_[None, :]
     dtype = A.dtype.element_ty
-    tl.store(P + square, tl.where(i >= j, qk * decay * scale, 0.0).to(dtype))
+    tl.store(P + square, tl.where(i >= j, qk * decay * (scale * LIFT), 0.0).to(dtype))
 
     # Inverse of I + lower by doubling: right on diagonal blocks of s tokens, then of 2 s. No powers of `lower` are formed,
     # which repeated keys would let grow. Its entries are of order 1: float16 serves as well as tf32 between 16-bit products.
@@ -252,11 +264,7 @@ def _states(
     NV: tl.constexpr = V // BV
     pid = tl.program_id(0)
     n, hv = pid // (NV * HV), pid // NV % HV
-    if cu_seqlens is None:
-        begin, length, c0 = n.to(tl.int64) * T, T, n * per_row
-    else:
-        begin = tl.load(cu_seqlens + n).to(tl.int64)
-        length, c0 = (tl.load(cu_seqlens + n + 1) - begin).to(tl.int32), tl.load(first + n)
+    begin, length, c0 = sequence_at(n, cu_seqlens, first, T, per_row)
     dtype = v.dtype.element_ty
     rows, columns = tl.arange(0, 64), tl.arange(0, BK)
     values = pid % NV * BV + tl.arange(0, BV)
@@ -298,8 +306,10 @@ def _states(
         X_ = tl.dot((v_ - before[None, :] * U).to(dtype), tl.trans(tl.load(A + square)), input_precision=PRECISION)
         if X is not None:
             tl.store(X + own, X_.to(dtype), mask=valid[None, :])
-        o_ = tl.dot(X_.to(dtype), tl.trans(tl.load(P + square)), o_ * (before * scale)[None, :], input_precision=PRECISION)
-        tl.store(o + own, o_.to(dtype), mask=valid[None, :])
+        o_ = tl.dot(
+            X_.to(dtype), tl.trans(tl.load(P + square)), o_ * (before * (scale * LIFT))[None, :], input_precision=PRECISION
+        )
+        tl.store(o + own, (o_ / LIFT).to(dtype), mask=valid[None, :])
         over = tl.load(gates + tile * 7 + 63)
         wrote = (X_ * tl.load(gates + tile * 7 + 64 + rows)[None, :]).to(dtype)
         S0 = tl.dot(wrote, k0, S0 * over, input_precision=PRECISION)

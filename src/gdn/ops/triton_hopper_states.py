@@ -21,6 +21,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from gdn.ops.triton_forward import LIFT
+
 RING = gl.constexpr(2)  # chunks in flight
 # Tensor-core results [64, 64], and the operand in registers with a result's places. Rows are values, columns tokens or keys.
 _SQUARE = gl.constexpr(gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16]))
@@ -70,7 +72,8 @@ def run_states(
     *,
     reverse: bool,
 ) -> None:
-    """Forward: v, o, X, the saved states, initial and final state. Reverse: do, dv, -, their gradients, final and initial."""
+    """Forward: v, o, X, the saved states, initial and final state. Reverse: do, dv, -, their gradients; of the final
+    state, and of that after the first chunk, which `triton_backward._d_initial` then takes over it."""
     (B, T, H, K), (HV, V) = q.shape, values.shape[2:]
     BK = min(K, 128)
     _states[(B * HV * (V // 128),)](
@@ -208,7 +211,7 @@ def _forward(
             o = warpgroup_mma(N, q.index(slot * NK + 1).reshape([64, BK]).permute((1, 0)), o, is_async=True)
         o, N = warpgroup_mma_wait(0, deps=[o, N])
         before = gates.index(slot * 2).reshape([64]).load(_TOKEN)
-        o *= before[None, :]
+        o *= before[None, :] * LIFT
         o = warpgroup_mma(X_, P.index(slot).permute((1, 0)), o, is_async=True)
         write = gates.index(slot * 2 + 1).reshape([64]).load(_TOKEN)
         wrote = gl.convert_layout((X_.load(_SQUARE).to(gl.float32) * write[None, :]).to(dtype), _OPERAND)
@@ -218,7 +221,7 @@ def _forward(
             S1 *= over
             S1 = warpgroup_mma(wrote, k.index(slot * NK + 1).reshape([64, BK]), S1, is_async=True)
         o = warpgroup_mma_wait(NK, deps=[o])
-        _stage(o_out, o.to(dtype), staging, n, i, hv * V + first_value)
+        _stage(o_out, (o / LIFT).to(dtype), staging, n, i, hv * V + first_value)
         if NK == 2:
             S0, S1, wrote = warpgroup_mma_wait(0, deps=[S0, S1, wrote])
         else:
@@ -254,55 +257,57 @@ def _backward(
         if NK == 2:
             D1 = gl.load(d_final_state + offsets + BK * V)
     zeros = gl.zeros([64, 64], gl.float32, _SQUARE)
-    for step in range(per_row):
-        i = per_row - 1 - step
-        slot = step % RING
-        tile = (n * per_row + i).to(gl.int64) * HV + hv
-        over = gl.load(gates_pointer + tile * 448 + 63)
-        mbarrier.wait(full.index(slot), step // RING & 1)
-        do = values.index(slot * 2 + GROUP).reshape([64, 64]).permute((1, 0))
-        N = gl.convert_layout(D0.to(dtype), _OPERAND)
-        d = warpgroup_mma(N, k.index(slot * NK).reshape([64, BK]).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        saved = d_states + (tile * V + first_value) * K
-        _save(saved, N, K, BK)
-        if NK == 2:
+    parts: gl.constexpr = 1 if d_initial is None else 2  # of the sequence: all of it, or all but the first chunk, and that
+    for part in gl.static_range(parts):
+        if part == 1:
+            gl.store(d_initial + offsets, D0)
+            if NK == 2:
+                gl.store(d_initial + offsets + BK * V, D1)
+        for step in range(part * (per_row - 1), per_row - parts + 1 + part):
+            i = per_row - 1 - step
+            slot = step % RING
+            tile = (n * per_row + i).to(gl.int64) * HV + hv
+            over = gl.load(gates_pointer + tile * 448 + 63)
+            mbarrier.wait(full.index(slot), step // RING & 1)
+            do = values.index(slot * 2 + GROUP).reshape([64, 64]).permute((1, 0))
+            N = gl.convert_layout(D0.to(dtype), _OPERAND)
+            d = warpgroup_mma(N, k.index(slot * NK).reshape([64, BK]).permute((1, 0)), zeros, use_acc=False, is_async=True)
+            saved = d_states + (tile * V + first_value) * K
+            _save(saved, N, K, BK)
+            if NK == 2:
+                d, N = warpgroup_mma_wait(0, deps=[d, N])
+                N = gl.convert_layout(D1.to(dtype), _OPERAND)
+                d = warpgroup_mma(N, k.index(slot * NK + 1).reshape([64, BK]).permute((1, 0)), d, is_async=True)
+                _save(saved + BK, N, K, BK)
+            write = gates.index(slot * 2 + 1).reshape([64]).load(_TOKEN)
             d, N = warpgroup_mma_wait(0, deps=[d, N])
-            N = gl.convert_layout(D1.to(dtype), _OPERAND)
-            d = warpgroup_mma(N, k.index(slot * NK + 1).reshape([64, BK]).permute((1, 0)), d, is_async=True)
-            _save(saved + BK, N, K, BK)
-        write = gates.index(slot * 2 + 1).reshape([64]).load(_TOKEN)
-        d, N = warpgroup_mma_wait(0, deps=[d, N])
-        d *= write[None, :]
-        d = warpgroup_mma(do, P.index(slot), d, is_async=True)
-        before = gates.index(slot * 2).reshape([64]).load(_TOKEN)
-        read = gl.convert_layout((do.load(_SQUARE).to(gl.float32) * (before * scale)[None, :]).to(dtype), _OPERAND)
-        D0 *= over
-        if NK == 2:
-            D1 *= over
-        d = warpgroup_mma_wait(0, deps=[d])
-        d = gl.convert_layout(d.to(dtype), _OPERAND)
-        dv = warpgroup_mma(d, A.index(slot), zeros, use_acc=False, is_async=True)
-        D0 = warpgroup_mma(read, q.index(slot * NK).reshape([64, BK]), D0, is_async=True)
-        if NK == 2:
-            D1 = warpgroup_mma(read, q.index(slot * NK + 1).reshape([64, BK]), D1, is_async=True)
-        dv, d = warpgroup_mma_wait(NK, deps=[dv, d])
-        erased = gl.convert_layout((dv * -before[None, :]).to(dtype), _OPERAND)
-        D0 = warpgroup_mma(erased, k.index(slot * NK).reshape([64, BK]), D0, is_async=True)
-        if NK == 2:
-            D1 = warpgroup_mma(erased, k.index(slot * NK + 1).reshape([64, BK]), D1, is_async=True)
-        _stage(dv_out, dv.to(dtype), staging, n, i, hv * V + first_value)
-        if NK == 2:
-            D0, D1, read, erased = warpgroup_mma_wait(0, deps=[D0, D1, read, erased])
-        else:
-            D0, read, erased = warpgroup_mma_wait(0, deps=[D0, read, erased])
-        fence_async_shared()
-        gl.thread_barrier()
-        mbarrier.arrive(empty.index(slot), count=1)
+            d *= write[None, :] * LIFT
+            d = warpgroup_mma(do, P.index(slot), d, is_async=True)
+            before = gates.index(slot * 2).reshape([64]).load(_TOKEN)
+            read = gl.convert_layout((do.load(_SQUARE).to(gl.float32) * (before * scale)[None, :]).to(dtype), _OPERAND)
+            D0 *= over
+            if NK == 2:
+                D1 *= over
+            d = warpgroup_mma_wait(0, deps=[d])
+            d = gl.convert_layout((d / LIFT).to(dtype), _OPERAND)
+            dv = warpgroup_mma(d, A.index(slot), zeros, use_acc=False, is_async=True)
+            D0 = warpgroup_mma(read, q.index(slot * NK).reshape([64, BK]), D0, is_async=True)
+            if NK == 2:
+                D1 = warpgroup_mma(read, q.index(slot * NK + 1).reshape([64, BK]), D1, is_async=True)
+            dv, d = warpgroup_mma_wait(NK, deps=[dv, d])
+            erased = gl.convert_layout((dv * -before[None, :]).to(dtype), _OPERAND)
+            D0 = warpgroup_mma(erased, k.index(slot * NK).reshape([64, BK]), D0, is_async=True)
+            if NK == 2:
+                D1 = warpgroup_mma(erased, k.index(slot * NK + 1).reshape([64, BK]), D1, is_async=True)
+            _stage(dv_out, dv.to(dtype), staging, n, i, hv * V + first_value)
+            if NK == 2:
+                D0, D1, read, erased = warpgroup_mma_wait(0, deps=[D0, D1, read, erased])
+            else:
+                D0, read, erased = warpgroup_mma_wait(0, deps=[D0, read, erased])
+            fence_async_shared()
+            gl.thread_barrier()
+            mbarrier.arrive(empty.index(slot), count=1)
     tma.store_wait(0)
-    if d_initial is not None:
-        gl.store(d_initial + offsets, D0)
-        if NK == 2:
-            gl.store(d_initial + offsets + BK * V, D1)
 
 
 @gluon.jit
