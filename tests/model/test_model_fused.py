@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from gdn.model import mixer
+from gdn.model.layers import Linear
 from gdn.model.lm import GatedDeltaNetLM
 
 
@@ -57,3 +58,36 @@ def test_fused_layer_is_the_layer_in_pieces(
     assert lengths == [length for length in (20, 1, 1, 8, 30, 29) for _ in layers]
     for key, tensor in wanted.items():
         assert tensor.numel() == 0 or float((got[key] - tensor).norm() / tensor.norm()) < 1e-10, key
+
+
+class Adapted(torch.nn.Module):
+    """A linear layer and something beside it, its weight in sight, as peft's adapters have it."""
+
+    def __init__(self, base: Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.weight = base.weight
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + 0.5 * x.roll(1, -1)[..., :1]
+
+
+@pytest.mark.parametrize("name", ["q_proj", "v_proj", "b_proj"])
+@pytest.mark.parametrize("way", ["module", "hook"])
+def test_what_stands_in_a_projections_place_is_called(
+    make: Callable[..., GatedDeltaNetLM], fused: Callable[[], list[int]], name: str, way: str
+) -> None:
+    model = make()
+    ids = torch.randint(61, (2, 30), generator=torch.Generator().manual_seed(0))
+    bare = results(model, ids)["logits"]
+    attn = model.model.layers[0].attn
+    adapted = Adapted(getattr(attn, name))
+    if way == "module":
+        setattr(attn, name, adapted)
+    else:
+        base = adapted.base.forward
+        adapted.base.forward = lambda x: base(x) + 0.5 * x.roll(1, -1)[..., :1]  # type: ignore[method-assign]
+    wanted = results(model, ids)["logits"]
+    assert fused() == []
+    assert float((results(model, ids)["logits"] - wanted).norm() / wanted.norm()) < 1e-10
+    assert float((bare - wanted).norm() / wanted.norm()) > 1e-3

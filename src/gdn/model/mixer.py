@@ -83,9 +83,7 @@ class GatedDeltaNet(nn.Module):
     def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
         """x [B, T, hidden] -> [B, T, hidden]; the state, if given, is read and updated in place, without gradients."""
         config = self.config
-        size = (x.device, x.dtype, config.head_dim, config.head_v_dim)
-        fused = config.use_short_conv and choose_backend("auto", *size) == "triton"
-        o = (self._fused_rule if fused else self._rule)(x, state, cu_seqlens)
+        o = self._rule(x, state, cu_seqlens)
         if config.use_gate:
             o = self.o_norm(o, self.g_proj(x).view(o.shape))
         else:
@@ -94,9 +92,12 @@ class GatedDeltaNet(nn.Module):
         return out
 
     def _rule(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
-        """The rule's output [B, T, HV, V], piece by piece."""
+        """The rule's output [B, T, HV, V]: where GPU kernels serve, by them, else piece by piece."""
         B, T, _ = x.shape
         config = self.config
+        size = (x.device, x.dtype, config.head_dim, config.head_v_dim)
+        if config.use_short_conv and choose_backend("auto", *size) == "triton" and not self.q_conv1d.weight.is_meta:
+            return self._fused_rule(x, state, cu_seqlens)
         q, k, v = self._convolve(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, cu_seqlens)
         q = l2_norm(q.view(B, T, config.num_heads, config.head_dim))
         k = l2_norm(k.view(B, T, config.num_heads, config.head_dim))
@@ -129,8 +130,11 @@ class GatedDeltaNet(nn.Module):
         if state is not None and cu_seqlens is None and x.shape[1] == 1 and not torch.is_grad_enabled():
             row = torch.cat([projection(x) for projection in projections], dim=-1).squeeze(1)
             return conv_gated_delta_rule_step(row, *parameters, state.conv, state.recurrent, **sizes).unsqueeze(1)
-        # Joining the weights costs less than joining what they make: there are more tokens than hidden units.
-        proj = F.linear(x, torch.cat([projection.weight for projection in projections]).to(x.dtype))
+        if all(type(projection) is Linear and "forward" not in vars(projection) for projection in projections):
+            # Joining the weights costs less than joining what they make: there are more tokens than hidden units.
+            proj = F.linear(x, torch.cat([projection.weight for projection in projections]).to(x.dtype))
+        else:  # an adapter in a projection's place (peft), or a hook around it (accelerate's offloading)
+            proj = torch.cat([projection(x) for projection in projections], dim=-1)
         if state is None:
             return conv_gated_delta_rule(proj, *parameters, cu_seqlens=cu_seqlens, **sizes)
         o, conv, final = conv_gated_delta_rule_with_state(
