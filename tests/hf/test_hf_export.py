@@ -29,6 +29,7 @@ def test_an_export_is_complete_and_the_same_model(
     export(own, out, tokenizer_files=tokenizer.save, card=card, dtype=dtype)
     assert {path.name for path in out.iterdir()} == {
         "model.safetensors", "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "README.md",
+        "modeling_gated_deltanet.py",
     }  # fmt: skip
     assert (out / "README.md").read_text() == card
     loaded = AutoModelForCausalLM.from_pretrained(out, dtype="auto")

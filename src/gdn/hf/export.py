@@ -3,6 +3,7 @@
 Knows no recipe and no data format: what the card tells arrives as plain dicts, the tokenizer as a function that writes files.
 """
 
+import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,15 +15,16 @@ from transformers.utils import logging
 
 from gdn.errors import CheckpointError
 from gdn.files import publish_folder
+from gdn.hf.bundle import AUTO_MAP, MODELING_FILE, load_bundle, write_bundle
 from gdn.model.lm import GatedDeltaNetLM
-from gdn.model.load import save_model, stored_dtype
+from gdn.model.load import CONFIG, read_json, save_model, stored_dtype
 
 _TOLERANCE = 1e-6  # relative 2-norm; both sides run the same modules, so that more than this means other weights
 _CHECK_SHAPE = (2, 80)  # more than one chunk of the rule
 
 _USAGE = """\
 ```python
-import gdn.hf  # registers gated_deltanet with the Auto classes
+import gdn.hf  # without gdn: leave this line out and pass trust_remote_code=True
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")
@@ -40,28 +42,33 @@ def export(
     card: str | None = None,
     dtype: torch.dtype | None = None,
 ) -> None:
-    """Publish `model` as the new folder `out`: weights, config.json, generation_config.json, tokenizer and README.md.
+    """Publish `model` as the new folder `out`: weights, config.json, generation_config.json, tokenizer and README.md, and the
+    model's code in one file, for transformers with trust_remote_code and without gdn.
 
     tokenizer_files writes the tokenizer into the folder it is given; card is the text of README.md (see `write_card`);
     dtype is that of the stored weights, None: as they are (gate parameters stay float32). BOS and EOS are the model
-    configuration's. The folder is complete or absent: before it appears it is loaded through AutoModelForCausalLM, and a
-    difference of its logits on a fixed batch from the model's own (cast alike) is a CheckpointError.
+    configuration's. The folder is complete or absent: before it appears it is loaded through AutoModelForCausalLM and through
+    the file it carries, and a difference of either's logits on a fixed batch from the model's own (cast alike) is a
+    CheckpointError.
     Raises FileExistsError if `out` exists.
     """
     with publish_folder(out) as folder:
         save_model(model, folder, dtype=dtype)
+        text = json.dumps(read_json(folder / CONFIG) | {"auto_map": AUTO_MAP}, indent=2)
+        (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+        write_bundle(folder)
         config = model.config
         GenerationConfig(bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id).save_pretrained(folder)
         if tokenizer_files is not None:
             tokenizer_files(folder)
         if card is not None:
             (folder / "README.md").write_text(card, encoding="utf-8")
-        difference = _difference(model, folder, dtype)
-        if not difference <= _TOLERANCE:
-            raise CheckpointError(
-                f"{out}: not published: the exported weights' logits differ from the model's by {difference:.1e} "
-                f"(relative 2-norm); expected at most {_TOLERANCE:.0e}"
-            )
+        for way, difference in _differences(model, folder, dtype).items():
+            if not difference <= _TOLERANCE:
+                raise CheckpointError(
+                    f"{out}: not published: the exported weights' logits differ from the model's by {difference:.1e} {way} "
+                    f"(relative 2-norm); expected at most {_TOLERANCE:.0e}"
+                )
 
 
 def greedy_text(folder: Path, prompt: str, bos_id: int, max_new_tokens: int) -> str:
@@ -74,12 +81,12 @@ def greedy_text(folder: Path, prompt: str, bos_id: int, max_new_tokens: int) -> 
     return str(tokenizer.decode(output[0, ids.shape[1] :], skip_special_tokens=True))
 
 
-def _load(folder: Path, dtype: torch.dtype | str = "auto") -> Any:
-    """The folder's model through the Auto classes, without their progress bars: these are fractions of a second."""
+def _load(folder: Path, dtype: torch.dtype | str = "auto", loader: Any = AutoModelForCausalLM) -> Any:
+    """The folder's model through `loader`, without transformers' progress bars: these are fractions of a second."""
     shown = logging.is_progress_bar_enabled()
     logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
+        return loader.from_pretrained(folder, dtype=dtype).eval()
     finally:
         if shown:
             logging.enable_progress_bar()
@@ -101,16 +108,18 @@ def write_card(recipe: Mapping[str, Any], data: Mapping[str, Any], results: Mapp
     return "\n\n".join(parts) + "\n"
 
 
-def _difference(model: GatedDeltaNetLM, folder: Path, dtype: torch.dtype | None) -> float:
-    """Relative 2-norm between the logits of what lies in `folder` and of `model` with its weights cast to `dtype`."""
+def _differences(model: GatedDeltaNetLM, folder: Path, dtype: torch.dtype | None) -> dict[str, float]:
+    """Relative 2-norm between the logits of `model`, its weights cast to `dtype`, and those of what lies in `folder`, by way
+    of loading it."""
     wanted = _cast(model, dtype)
-    found = _load(folder, dtype=wanted.model.embeddings.weight.dtype)
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.config.vocab_size, _CHECK_SHAPE, generator=generator)
+    ways = {"through the Auto classes": AutoModelForCausalLM}
+    ways[f"through {MODELING_FILE}"] = load_bundle(folder).GatedDeltaNetForCausalLM
     with torch.no_grad():
         expected: Tensor = wanted(ids).logits.double()
-        got: Tensor = found(ids, use_cache=False).logits.double()
-    return float((got - expected).norm() / expected.norm())
+        found = {way: _load(folder, wanted.model.embeddings.weight.dtype, loader)(ids) for way, loader in ways.items()}
+    return {way: float((out.logits.double() - expected).norm() / expected.norm()) for way, out in found.items()}
 
 
 def _cast(model: GatedDeltaNetLM, dtype: torch.dtype | None) -> GatedDeltaNetLM:

@@ -1,5 +1,7 @@
 """The models as transformers knows them: its calling conventions, padding and cache around the modules of `gdn.model`."""
 
+import os
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -8,6 +10,7 @@ from transformers import Cache, GenerationConfig, GenerationMixin, PreTrainedMod
 from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
+from gdn.hf.bundle import AUTO_MAP, write_bundle
 from gdn.hf.cache import GatedDeltaNetCache
 from gdn.hf.configuration import GatedDeltaNetConfig
 from gdn.model.layers import Linear, RMSNorm
@@ -44,6 +47,13 @@ class GatedDeltaNetPreTrainedModel(PreTrainedModel):
             A_log, dt_bias = gate_parameters("mamba", len(module.A_log))
             initialization.copy_(module.A_log, A_log)
             initialization.copy_(module.dt_bias, dt_bias)
+
+    def save_pretrained(self, save_directory: str | os.PathLike[str], **options: Any) -> None:  # type: ignore[override]
+        """As transformers has it (sharded too); the folder also carries the model in one file, as those of `export` do."""
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        write_bundle(Path(save_directory))
+        self.config.auto_map = AUTO_MAP
+        super().save_pretrained(save_directory, **options)
 
 
 class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):

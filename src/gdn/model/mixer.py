@@ -95,8 +95,12 @@ class GatedDeltaNet(nn.Module):
         """The rule's output [B, T, HV, V]: where GPU kernels serve, by them, else piece by piece."""
         B, T, _ = x.shape
         config = self.config
-        size = (x.device, x.dtype, config.head_dim, config.head_v_dim)
-        if config.use_short_conv and choose_backend("auto", *size) == "triton" and not self.q_conv1d.weight.is_meta:
+        # A weight on meta lies elsewhere: a hook of accelerate brings it when its own module is called.
+        if (
+            config.use_short_conv
+            and choose_backend("auto", x.device, x.dtype, config.head_dim, config.head_v_dim) == "triton"
+            and not self.q_conv1d.weight.is_meta
+        ):
             return self._fused_rule(x, state, cu_seqlens)
         q, k, v = self._convolve(self.q_proj(x), self.k_proj(x), self.v_proj(x), state, cu_seqlens)
         q = l2_norm(q.view(B, T, config.num_heads, config.head_dim))

@@ -69,15 +69,14 @@ def gated_delta_rule_step(
 
     q, k [B, H, K]; v [B, HV, V]; g, beta [B, HV]. The GPU kernel takes a float32 state whose [K, V] matrices are contiguous.
     """
-    HV, V, dtype = v.shape[1], v.shape[2], state.dtype
+    dtype = state.dtype
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     # A state in float64 is for checks; the kernel keeps float32.
-    kind = v.dtype if dtype == torch.float32 else dtype
-    if choose_backend(backend, state.device, kind, q.shape[-1], V) == "triton":
+    if choose_backend(backend, state.device, v.dtype if dtype == torch.float32 else dtype, *state.shape[-2:]) == "triton":
         from gdn.ops.triton_step import step
 
         return step(q, k, v, g, beta, state, scale)
-    groups = HV // q.shape[1]
+    groups = v.shape[1] // q.shape[1]
     if groups > 1:
         q, k = (x.repeat_interleave(groups, dim=1) for x in (q, k))
     with torch.no_grad():
