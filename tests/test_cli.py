@@ -1,6 +1,8 @@
 """The command line: what it costs to start, one line for bad input, and the whole path from text to an exported model."""
 
+import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -119,8 +121,6 @@ def test_text_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], c
 
 
 def test_altered_and_truncated_shards(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    import shutil
-
     for name in ("altered", "truncated"):
         folder = tmp_path / name
         shutil.copytree(work / "shards", folder)
@@ -192,6 +192,7 @@ def test_export_loads_through_transformers(work: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 
     import gdn.hf  # noqa: F401  registers the Auto classes
+    from gdn.data.shards import read_manifest
     from gdn.model.load import load_model
 
     assert main(["export", str(work / "run"), str(tmp_path / "hf")]) == 0
@@ -200,4 +201,32 @@ def test_export_loads_through_transformers(work: Path, tmp_path: Path) -> None:
         wanted = load_model(next((work / "run" / "checkpoints").iterdir()))(ids).logits
         got = AutoModelForCausalLM.from_pretrained(tmp_path / "hf")(ids).logits
     torch.testing.assert_close(got, wanted, rtol=1e-5, atol=1e-6)
-    assert "tiny" in (tmp_path / "hf" / "README.md").read_text()
+    card = (tmp_path / "hf" / "README.md").read_text()
+    manifest = read_manifest(work / "shards")
+    rows = [("name", "tiny"), ("optim.warmup_steps", 1), ("train.tokens", manifest.num_tokens("train"))]
+    rows += [("fingerprint", manifest.fingerprint), ("step", 5), ("tokens", 160), ("loss", f"{last_loss(work):.6g}")]
+    for name, value in rows:
+        assert f"| {name} | {value} |" in card, name
+
+
+def last_loss(work: Path) -> float:
+    return float(json.loads((work / "run" / "metrics.jsonl").read_text().splitlines()[-1])["loss"])
+
+
+def test_the_card_takes_further_results_and_tells_no_other_datas(
+    work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results.json").write_text('{"arc_easy": {"acc": 0.463}}')
+    arguments = ["export", str(work / "run"), str(tmp_path / "hf"), "--results", str(tmp_path / "results.json")]
+    assert main(arguments) == 0
+    assert "| arc_easy.acc | 0.463 |" in (tmp_path / "hf" / "README.md").read_text()
+    refused(capsys, [*arguments[:-1], str(tmp_path / "none.json")], str(tmp_path / "none.json"))
+    checkpoint = tmp_path / "step-00000005"
+    shutil.copytree(next((work / "run" / "checkpoints").iterdir()), checkpoint)
+    progress = json.loads((checkpoint / "progress.json").read_text())
+    (checkpoint / "progress.json").write_text(json.dumps(progress | {"shards": "of other data"}))
+    refused(capsys, ["export", str(checkpoint), str(tmp_path / "no")], str(work / "shards"), "of other data")
+    recipe = (checkpoint / "recipe.toml").read_text()
+    (checkpoint / "recipe.toml").write_text(recipe.replace(str(work / "shards"), str(tmp_path / "moved")))
+    assert main(["export", str(checkpoint), str(tmp_path / "moved-data")]) == 0
+    assert "| fingerprint | of other data |" in (tmp_path / "moved-data" / "README.md").read_text()

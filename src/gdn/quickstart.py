@@ -35,6 +35,7 @@ from gdn.hf.export import export, greedy_text, write_card
 from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.load import load_model
+from gdn.provenance import summary
 from gdn.report.page import Baseline, HeadMemory, RunReport, Sample, WriteStrengths, render
 from gdn.train.loop import Outcome, build_model, open_data, train, train_step
 from gdn.train.metrics import read_metrics
@@ -265,9 +266,7 @@ def _export(run: RunConfig, out: Path, model: GatedDeltaNetLM, tokenizer: Tokeni
     target = out / "model"
     if target.exists():
         shutil.rmtree(target)
-    manifest = read_manifest(out / "shards")
-    data = {"sources": ", ".join(manifest.sources), "training tokens": manifest.num_tokens(TRAIN)}
-    card = write_card(toml.to_dict(run), data, results)
+    card = write_card(toml.to_dict(run), summary(read_manifest(out / "shards")), results)
     export(model, target, tokenizer_files=tokenizer.save, card=card)
 
     assert tokenizer.bos_id is not None
