@@ -9,11 +9,9 @@ from generation_testing import random_ids, tiny_model
 from safetensors.torch import load_file, save_file
 
 from gdn.errors import CheckpointError
-from gdn.generation import states
 from gdn.generation.engine import generate, prefill
 from gdn.generation.sampling import Sampling
-from gdn.generation.states import identity, load_state, save_state
-from gdn.model.state import DecodeState
+from gdn.model.state import LAYOUT, DecodeState, identity
 
 WARM = Sampling(temperature=0.9, top_k=20, seed=5)
 
@@ -38,14 +36,14 @@ def test_a_round_trip_keeps_every_bit(tmp_path: Path, dtype: torch.dtype) -> Non
     state.recurrent.normal_()
     state.conv.normal_()
     state.position.copy_(torch.tensor([3, 10**12]))
-    save_state(state, tmp_path / "state.safetensors", model)
-    assert same_bits(load_state(tmp_path / "state.safetensors", model), state)
+    state.save(tmp_path / "state.safetensors", model)
+    assert same_bits(DecodeState.load(tmp_path / "state.safetensors", model), state)
 
 
 def test_a_selection_of_rows_is_saved_as_it_is(tmp_path: Path) -> None:
     state = random_state().select(torch.tensor([2, 0]))
-    save_state(state, tmp_path / "s", tiny_model())
-    assert same_bits(load_state(tmp_path / "s", tiny_model()), state)
+    state.save(tmp_path / "s", tiny_model())
+    assert same_bits(DecodeState.load(tmp_path / "s", tiny_model()), state)
 
 
 @pytest.mark.parametrize("stop", [1, 6])
@@ -54,8 +52,8 @@ def test_saved_loaded_and_going_on_is_never_having_stopped(tmp_path: Path, stop:
     whole_state, state = model.new_state(1), model.new_state(1)
     whole = list(generate(model, ids, max_new_tokens=16, sampling=WARM, state=whole_state))
     head = list(generate(model, ids, max_new_tokens=stop, sampling=WARM, state=state))
-    save_state(state, tmp_path / "s", model)
-    fork, loaded = state.fork(), load_state(tmp_path / "s", tiny_model())
+    state.save(tmp_path / "s", model)
+    fork, loaded = state.fork(), DecodeState.load(tmp_path / "s", tiny_model())
     tails = [
         list(generate(model, head[-1:], max_new_tokens=16 - stop, sampling=WARM, state=one)) for one in (state, fork, loaded)
     ]
@@ -67,17 +65,17 @@ def test_the_saved_file_does_not_move_with_the_state(tmp_path: Path) -> None:
     model, state = tiny_model(), tiny_model().new_state(1)
     prefill(model, random_ids(20), state)
     before = state.fork()
-    save_state(state, tmp_path / "s", model)
+    state.save(tmp_path / "s", model)
     prefill(model, random_ids(20), state)
     assert not same_bits(state, before)
-    assert same_bits(load_state(tmp_path / "s", model), before)
+    assert same_bits(DecodeState.load(tmp_path / "s", model), before)
 
 
 def test_a_state_of_another_configuration_names_both(tmp_path: Path) -> None:
     mine, other = tiny_model(), tiny_model(num_v_heads=4)
-    save_state(mine.new_state(1), tmp_path / "s", mine)
+    mine.new_state(1).save(tmp_path / "s", mine)
     with pytest.raises(CheckpointError) as error:
-        load_state(tmp_path / "s", other)
+        DecodeState.load(tmp_path / "s", other)
     ours, theirs = identity(mine)["config_sha256"], identity(other)["config_sha256"]
     assert ours != theirs
     assert str(error.value) == (
@@ -87,18 +85,18 @@ def test_a_state_of_another_configuration_names_both(tmp_path: Path) -> None:
 
 def test_a_state_of_another_step_of_the_same_run_is_refused(tmp_path: Path) -> None:
     model = tiny_model()
-    save_state(model.new_state(1), tmp_path / "s", model)
+    model.new_state(1).save(tmp_path / "s", model)
     with torch.no_grad():
         model.model.layers[1].attn.dt_bias[0] += 1e-4
     with pytest.raises(CheckpointError, match="a state of another model: its gates_sha256"):
-        load_state(tmp_path / "s", model)
+        DecodeState.load(tmp_path / "s", model)
 
 
 def test_a_copy_of_the_model_in_another_dtype_takes_the_state(tmp_path: Path) -> None:
     model, state = tiny_model(), random_state(1)
-    save_state(state, tmp_path / "s", model)
+    state.save(tmp_path / "s", model)
     model.compute_dtype = torch.bfloat16
-    loaded = load_state(tmp_path / "s", model)
+    loaded = DecodeState.load(tmp_path / "s", model)
     assert loaded.recurrent.equal(state.recurrent) and loaded.conv.equal(state.conv.bfloat16())
 
 
@@ -107,11 +105,11 @@ def test_files_that_are_no_state_are_refused(tmp_path: Path) -> None:
 
     def refused(message: str) -> None:
         with pytest.raises(CheckpointError, match=message) as error:
-            load_state(path, model)
+            DecodeState.load(path, model)
         assert str(path) in str(error.value)
 
     refused("no such file")
-    save_state(model.new_state(1), path, model)
+    model.new_state(1).save(path, model)
     content, tensors = path.read_bytes(), load_file(path)
     for length in (0, 5, 100, len(content) - 1):
         path.write_bytes(content[:length])
@@ -120,7 +118,7 @@ def test_files_that_are_no_state_are_refused(tmp_path: Path) -> None:
     refused("layout = None; expected a decode state of layout '1'")
     save_file(tensors, path, metadata={"layout": "2"} | identity(model))
     refused("layout = '2'")
-    good = {"layout": states.LAYOUT} | identity(model)
+    good = {"layout": LAYOUT} | identity(model)
     save_file({"position": tensors["position"]}, path, metadata=good)
     refused(r"holds \['position'\]; expected")
     save_file(tensors | {"position": torch.zeros(2, dtype=torch.int64)}, path, metadata=good)
@@ -131,7 +129,7 @@ def test_files_that_are_no_state_are_refused(tmp_path: Path) -> None:
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, path = tiny_model(), tmp_path / "s"
-    save_state(model.new_state(1), path, model)
+    model.new_state(1).save(path, model)
     before = path.read_bytes()
 
     def full_disk(self: Path, data: bytes) -> int:
@@ -141,5 +139,5 @@ def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
-        save_state(random_state(1), path, model)
+        random_state(1).save(path, model)
     assert path.read_bytes() == before and list(tmp_path.iterdir()) == [path]

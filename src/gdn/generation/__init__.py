@@ -1,1 +1,1 @@
-"""Generation on token ids: sampling, the engine that decodes in constant memory, decode states as files."""
+"""Generation on token ids: sampling, and the engine that decodes in constant memory."""
