@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gdn.errors import CheckpointError, ConfigError
 from gdn.generation import engine
-from gdn.generation.engine import cpu_has_bf16_dots, decode_dtype, for_decoding, generate, prefill
+from gdn.generation.engine import decode_dtype, for_decoding, generate, prefill
 from gdn.generation.sampling import Sampling
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.load import load_model, save_model
@@ -146,80 +146,63 @@ def test_weights_that_give_nan_are_an_error_and_not_a_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "stored", "dots", "wanted"),
+    ("device", "stored", "dots", "widens", "wanted"),
     [
-        ("cpu", torch.bfloat16, False, torch.float32),
-        ("cpu", torch.bfloat16, True, torch.bfloat16),
-        ("cpu", torch.float16, True, torch.float32),
-        ("cpu", torch.float32, True, torch.float32),
-        ("cpu", torch.float64, False, torch.float64),
-        ("cuda:1", torch.bfloat16, False, torch.bfloat16),
-        ("cuda", torch.float16, False, torch.float16),
+        ("cpu", torch.bfloat16, False, False, torch.float32),
+        ("cpu", torch.bfloat16, True, False, torch.bfloat16),
+        ("cpu", torch.bfloat16, False, True, torch.bfloat16),
+        ("cpu", torch.float16, True, True, torch.float32),
+        ("cpu", torch.float32, True, True, torch.float32),
+        ("cpu", torch.float64, False, False, torch.float64),
+        ("cuda:1", torch.bfloat16, False, False, torch.bfloat16),
+        ("cuda", torch.float16, False, False, torch.float16),
     ],
     ids=str,
 )
 def test_the_dtype_follows_from_the_processor(
-    device: str, stored: torch.dtype, dots: bool, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    device: str, stored: torch.dtype, dots: bool, widens: bool, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine, "cpu_has_bf16_dots", lambda: dots)
+    processor(monkeypatch, dots, widens)
     assert decode_dtype(device, stored)[0] == wanted
 
 
+def processor(monkeypatch: pytest.MonkeyPatch, dots: bool, widens: bool) -> None:
+    monkeypatch.setattr(engine, "cpu_has_bf16_dots", lambda: dots)
+    monkeypatch.setattr(engine, "cpu_widens_bf16", lambda: widens)
+
+
 def test_the_choice_is_logged_once_with_its_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    monkeypatch.setattr(engine, "cpu_has_bf16_dots", lambda: False)
+    processor(monkeypatch, False, False)
     engine._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="gdn.generation.engine"):
         for _ in range(3):
             decode_dtype("cpu", torch.bfloat16)
     assert [record.getMessage() for record in caplog.records] == [
         "decoding on cpu in torch.float32 (weights stored in torch.bfloat16): "
-        "this CPU has no bf16 dot products, without which bf16 decodes many times slower than float32"
+        "this CPU has no bf16 dot products, without which PyTorch's bf16 may be many times slower"
     ]
 
 
 def test_a_bf16_folder_decodes_in_float32_where_bf16_is_slow(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_model(tiny_model(), tmp_path, dtype=torch.bfloat16)
-    for dots, wanted in ((False, torch.float32), (True, torch.bfloat16)):
-        monkeypatch.setattr(engine, "cpu_has_bf16_dots", lambda dots=dots: dots)
+    ways = [(False, False, torch.float32, torch.float32), (True, False, torch.bfloat16, torch.bfloat16)]
+    for dots, widens, weights, activations in [*ways, (False, True, torch.bfloat16, torch.float32)]:
+        processor(monkeypatch, dots, widens)
         stored = load_model(tmp_path)
         gates = [layer.attn.A_log.clone() for layer in stored.model.layers]
         model = for_decoding(stored, "cpu")
-        assert model.lm_head.weight.dtype == model.new_state(1).conv.dtype == wanted
+        assert model.lm_head.weight.dtype == weights and model.new_state(1).conv.dtype == activations
         assert all(layer.attn.A_log.equal(gate) for layer, gate in zip(model.model.layers, gates))
         assert len(list(generate(model, [1, 2, 3], max_new_tokens=3, sampling=GREEDY))) == 3
 
 
-@pytest.mark.parametrize(
-    ("capabilities", "wanted"),
-    [
-        ({"architecture": "x86_64", "avx512_bf16": True, "amx_bf16": False}, True),
-        ({"architecture": "x86_64", "avx512_bf16": False, "amx_bf16": True}, True),
-        ({"architecture": "x86_64", "avx2": True, "avx512_bf16": False}, False),
-        ({"architecture": "arm64", "bf16": True}, True),
-        ({"architecture": "arm64", "neon": True, "bf16": False}, False),
-    ],
-    ids=str,
-)
-def test_capabilities_as_torch_tells_them(
-    capabilities: dict[str, object], wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
-    assert cpu_has_bf16_dots.__wrapped__() is wanted
-
-
-@pytest.mark.parametrize(
-    ("cpuinfo", "wanted"),
-    [
-        ("processor\t: 0\nmodel name\t: X bf16\nflags\t\t: fpu avx2 avx512_bf16 amx_tile\n", True),
-        ("processor\t: 0\nmodel name\t: X bf16\nflags\t\t: fpu avx2 avx512f\n", False),
-        ("processor\t: 0\nFeatures\t: fp asimd svebf16\n", True),
-    ],
-)
-def test_capabilities_as_linux_tells_them_to_an_older_torch(
-    cpuinfo: str, wanted: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(engine.platform, "system", lambda: "Linux")
-    monkeypatch.setattr(Path, "exists", lambda self: True)
-    monkeypatch.setattr(Path, "read_text", lambda self, encoding: cpuinfo)
-    assert cpu_has_bf16_dots.__wrapped__() is wanted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stop", [1, 2, 13])
+def test_going_on_with_joined_projections_is_never_having_stopped(dtype: torch.dtype, stop: int) -> None:
+    model, ids = for_decoding(tiny_model().to(dtype), "cpu"), random_ids(64)
+    whole_state, state = model.new_state(1), model.new_state(1)
+    whole = list(generate(model, ids, max_new_tokens=25, sampling=WARM, state=whole_state))
+    head = list(generate(model, ids, max_new_tokens=stop, sampling=WARM, state=state))
+    tail = list(generate(model, head[-1:], max_new_tokens=25 - stop, sampling=WARM, state=state))
+    assert head + tail == whole and len(set(whole)) > 5
+    assert state.recurrent.equal(whole_state.recurrent) and state.conv.equal(whole_state.conv)

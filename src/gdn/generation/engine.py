@@ -2,24 +2,23 @@
 
 import hashlib
 import logging
-import platform
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from gdn.errors import ConfigError
+from gdn.generation.cpu_decoder import CPUDecoder, join_projections
 from gdn.generation.sampling import Sampling, sample
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
+from gdn.ops.cpu import cpu_has_bf16_dots, cpu_widens_bf16
 
 log = logging.getLogger(__name__)
 
 GRID = 64  # tokens; prefill is cut on multiples of it, where the rule's own chunks begin
 PREFILL_CHUNK = 2048  # tokens of one prefill forward: large enough for matrix products, and memory stays flat
-_BF16_DOTS = frozenset({"avx512_bf16", "amx_bf16", "bf16", "sve_bf16"})  # of x86, then of ARM
 
 
 def generate(
@@ -62,7 +61,7 @@ def prefill(
     ids = _check_prompt(model, prompt_ids)
     _check_chunk(prefill_chunk)
     _check_state(model, state, 1)
-    return _prefill(model, ids, state, prefill_chunk)
+    return _prefill(_reader(model), ids, state, prefill_chunk)
 
 
 def _stream(
@@ -75,11 +74,12 @@ def _stream(
     prefill_chunk: int,
 ) -> Iterator[int]:
     generator = torch.Generator(ids.device)
-    logits = _prefill(model, ids, state, prefill_chunk)
+    read = _reader(model)
+    logits = _prefill(read, ids, state, prefill_chunk)
     position = int(state.position[0])
     for n in range(max_new_tokens):
         if n:
-            logits = _forward(model, ids, state)
+            logits = read(ids, state)
         generator.manual_seed(_seed(sampling.seed, position + n))
         chosen = sample(logits, sampling, generator)
         ids, token = chosen[None], int(chosen)
@@ -94,22 +94,36 @@ def _seed(seed: int, position: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # within the signed 64 bits that every generator takes
 
 
-def _prefill(model: GatedDeltaNetLM, ids: Tensor, state: DecodeState, prefill_chunk: int) -> Tensor:
+def _prefill(read: "_Reader", ids: Tensor, state: DecodeState, prefill_chunk: int) -> Tensor:
     # Cut at multiples of the chunk counted from the first token ever read: the same cuts however often one stopped.
     start, total = int(state.position[0]), ids.shape[1]
     done, logits = 0, ids.new_empty(0)
     while done < total:
         end = min(total, done + prefill_chunk - (start + done) % prefill_chunk)
-        logits = _forward(model, ids[:, done:end], state)
+        logits = read(ids[:, done:end], state)
         done = end
     return logits
 
 
-def _forward(model: GatedDeltaNetLM, ids: Tensor, state: DecodeState) -> Tensor:
-    with torch.no_grad():  # not inference_mode: the state must stay usable outside
-        logits = model(ids, state=state, last_only=True).logits
-    assert logits is not None
-    return logits
+_Reader = Callable[[Tensor, DecodeState], Tensor]
+
+
+def _reader(model: GatedDeltaNetLM) -> _Reader:
+    """What reads ids [1, T] into a state and gives the last one's logits [1, vocab].
+
+    A single token goes the same way wherever it comes from, prompt or text: so going on is never having stopped, to the bit.
+    """
+    decoder = CPUDecoder(model) if CPUDecoder.serves(model) else None
+
+    def read(ids: Tensor, state: DecodeState) -> Tensor:
+        if decoder is not None and ids.shape[1] == 1:
+            return decoder.step(int(ids), state)[None]
+        with torch.no_grad():  # not inference_mode: the state must stay usable outside
+            logits = model(ids, state=state, last_only=True).logits
+        assert logits is not None
+        return logits
+
+    return read
 
 
 def _check_prompt(model: GatedDeltaNetLM, prompt_ids: Tensor | list[int]) -> Tensor:
@@ -149,51 +163,41 @@ def decode_dtype(device: torch.device | str, stored: torch.dtype) -> tuple[torch
     """The dtype to load weights stored as `stored` in for decoding on `device`, and why; logged once for each answer.
 
     A fixed rule by capability, never by timing, so that the same machine always gives the same text. One row on CPUs is bound
-    by reading the weights: without bf16 dot products PyTorch reads bf16 at a twentieth of float32's speed (0.7 against 13
-    GB/s, AVX2, 2 cores); with them bf16 takes 0.75 of float32's time (1024 x 2816, AMX, 1 core) and prefill half.
+    by reading the weights, and bf16 has half the bytes: it is kept where PyTorch reads it as fast as float32 (with bf16 dot
+    products; with AVX2 alone: docs/log.md). Products of many rows are computed in float32 where there are no bf16 dots.
     """
-    dtype, reason = _choose_dtype(torch.device(device).type, stored, cpu_has_bf16_dots())
+    dtype, reason = _choose_dtype(torch.device(device).type, stored)
     _log_choice(torch.device(device).type, str(stored), str(dtype), reason)
     return dtype, reason
 
 
 def for_decoding(model: GatedDeltaNetLM, device: torch.device | str) -> GatedDeltaNetLM:
-    """The model, moved to `device` in place in its `decode_dtype`, in evaluation mode, without gradients."""
+    """The model, moved to `device` in place in its `decode_dtype`, in evaluation mode, without gradients.
+
+    On a CPU the weights that read one input are laid side by side, for fewer and longer products a token.
+    """
     stored = model.model.embeddings.weight.dtype
     dtype, _ = decode_dtype(device, stored)
     if dtype != stored:  # only ever to float32, which the gate parameters have already
         model.to(dtype)
-    return model.to(device).eval().requires_grad_(False)
+    model.to(device).eval().requires_grad_(False)
+    if torch.device(device).type == "cpu":
+        join_projections(model)
+        if dtype == torch.bfloat16 and not cpu_has_bf16_dots():
+            model.compute_dtype = torch.float32  # of whole prompts: weights are widened one by one, and nothing else is rounded
+    return model
 
 
-def _choose_dtype(device: str, stored: torch.dtype, bf16_dots: bool) -> tuple[torch.dtype, str]:
+def _choose_dtype(device: str, stored: torch.dtype) -> tuple[torch.dtype, str]:
     if device != "cpu" or stored in (torch.float32, torch.float64):
         return stored, "as stored"
-    if stored == torch.bfloat16 and bf16_dots:
+    if stored == torch.bfloat16 and cpu_has_bf16_dots():
         return stored, "as stored: this CPU has bf16 dot products"
+    if stored == torch.bfloat16 and cpu_widens_bf16():
+        return stored, "as stored: this CPU reads one row's bf16 weights at the memory's speed"
     if stored == torch.bfloat16:
-        return torch.float32, "this CPU has no bf16 dot products, without which bf16 decodes many times slower than float32"
+        return torch.float32, "this CPU has no bf16 dot products, without which PyTorch's bf16 may be many times slower"
     return torch.float32, f"{str(stored).removeprefix('torch.')} is not decoded on CPUs"
-
-
-@cache
-def cpu_has_bf16_dots() -> bool:
-    """Whether this CPU multiplies bf16 natively (avx512_bf16, amx_bf16, or ARM's bf16)."""
-    if hasattr(torch.cpu, "get_capabilities"):  # not in every supported release
-        return any(torch.cpu.get_capabilities().get(name, False) for name in _BF16_DOTS)
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.system() != "Linux" or not cpuinfo.exists():
-        return False
-    return bool(_cpuinfo_flags(cpuinfo.read_text(encoding="utf-8")) & (_BF16_DOTS | {"svebf16"}))
-
-
-def _cpuinfo_flags(text: str) -> set[str]:
-    """Names in the first line of flags (x86) or Features (ARM)."""
-    for line in text.splitlines():
-        name, _, names = line.partition(":")
-        if name.strip() in ("flags", "Features"):
-            return set(names.split())
-    return set()
 
 
 @cache

@@ -5,16 +5,30 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from gdn.ops import gated_rms_norm, rms_norm
+from gdn.ops.cpu import cpu_has_bf16_dots
+
+_FEW_ROWS = 8  # up to so many, PyTorch's bf16 products without bf16 dots take less time than widening the weight does
 
 
 class Linear(nn.Linear):
-    """A bias-free linear layer computing in the dtype of its input: float32 weights serve bf16 activations without autocast."""
+    """A bias-free linear layer computing in the dtype of its input: float32 weights serve bf16 activations without autocast.
+
+    On CPUs without bf16 dot products many rows of bf16 are multiplied in float32, weight by weight: a seventh of the time
+    (512 rows, 1024 x 2816, AVX2, 2 cores: 21 ms against 144), and the sums are float32 either way.
+    """
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
+        weight = self.weight.to(x.dtype)
+        if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() > _FEW_ROWS * x.shape[-1] and not _bf16_dots():
+            return F.linear(x.float(), weight.float()).to(x.dtype)
+        return F.linear(x, weight)
+
+
+def _bf16_dots() -> bool:
+    return torch.compiler.is_compiling() or cpu_has_bf16_dots()  # what asks the processor would break a graph
 
 
 class RMSNorm(nn.Module):

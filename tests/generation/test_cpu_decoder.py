@@ -1,0 +1,121 @@
+"""The step with joined projections against the modules' own: every switch, both dtypes; and what joining leaves as it was."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from generation_testing import VOCAB, random_ids
+from torch import Tensor
+
+from gdn.generation import cpu_decoder
+from gdn.generation.cpu_decoder import CPUDecoder, join_projections
+from gdn.model.config import ModelConfig
+from gdn.model.lm import GatedDeltaNetLM, init_weights
+from gdn.model.load import load_model, save_model
+from gdn.model.state import DecodeState
+
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no-gate": {"use_gate": False},
+    "no-conv": {"use_short_conv": False},
+    "conv-size-1": {"conv_size": 1},
+    "conv-bias": {"conv_bias": True},
+    "negative-eigenvalues": {"allow_neg_eigval": True},
+    "grouped-values": {"num_v_heads": 6, "expand_v": 0.5},
+    "wide-values-tied": {"expand_v": 2.0, "tie_word_embeddings": True, "norm_eps": 1e-3},
+}
+
+
+def build(dtype: torch.dtype = torch.float32, **config: Any) -> GatedDeltaNetLM:
+    """A model with no weight at its neutral value."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 8, "expand_v": 1.0}
+    model = GatedDeltaNetLM(ModelConfig(**sizes | config)).eval().requires_grad_(False)
+    init_weights(model, "mamba", 1)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model.to(dtype)
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def by_modules(model: GatedDeltaNetLM, ids: list[int]) -> tuple[Tensor, DecodeState]:
+    state = model.new_state(1)
+    with torch.no_grad():
+        return torch.cat([model(torch.tensor([[token]]), state=state).logits[0] for token in ids]), state
+
+
+def by_decoder(model: GatedDeltaNetLM, ids: list[int]) -> tuple[Tensor, DecodeState]:
+    state, decoder = model.new_state(1), CPUDecoder(model)
+    return torch.stack([decoder.step(token, state) for token in ids]), state
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"])
+def test_a_step_is_the_modules_step(switches: dict[str, Any], dtype: torch.dtype, bound: float) -> None:
+    """In bf16: as the modules would have it in float64 on the same rounded weights, which they themselves miss by more."""
+    model, ids = build(dtype, **switches), random_ids(40)
+    wanted, wanted_state = by_modules(model if dtype == torch.float32 else copy.deepcopy(model).double(), ids)
+    rounded, _ = by_modules(model, ids)
+    join_projections(model)
+    assert CPUDecoder.serves(model)
+    got, state = by_decoder(model, ids)
+    assert got.dtype == dtype and relative(got, wanted) < bound
+    assert dtype == torch.float32 or relative(got, wanted) < relative(rounded, wanted)
+    assert relative(state.recurrent, wanted_state.recurrent) < bound
+    assert state.conv.numel() == 0 or relative(state.conv, wanted_state.conv) < bound
+    assert state.position.tolist() == [40]
+
+
+def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above: one gate a thousandth off is more than its bound."""
+    model, ids = build(), random_ids(40)
+    wanted, _ = by_modules(model, ids)
+    join_projections(model)
+    layer = cpu_decoder._layer
+    monkeypatch.setattr(cpu_decoder, "_layer", lambda block: layer(block)._replace(rate=layer(block).rate * 1.001))
+    assert relative(by_decoder(model, ids)[0], wanted) > 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_joining_changes_no_value_name_or_memory(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, ids = build(dtype), torch.tensor([random_ids(70)])
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    wanted = model(ids).logits
+    assert not CPUDecoder.serves(model)
+    for _ in range(2):
+        join_projections(model)
+        assert model.state_dict().keys() == before.keys()
+        assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+        assert torch.equal(model(ids).logits, wanted)
+        attn = model.model.layers[0].attn
+        assert attn.q_proj.weight.untyped_storage().data_ptr() == attn.g_proj.weight.untyped_storage().data_ptr()
+        total = sum(linear.weight.nbytes for linear in (attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj))
+        assert attn.q_proj.weight.untyped_storage().nbytes() == total + attn.g_proj.weight.nbytes
+    save_model(model, tmp_path)
+    loaded = load_model(tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
+    assert not CPUDecoder.serves(loaded)
+
+
+def test_models_it_cannot_step_are_left_to_the_modules() -> None:
+    for model in (build(torch.float64), build()):
+        join_projections(model)
+        model.compute_dtype = torch.bfloat16  # narrower than the weights: the modules round, the step would not
+        assert not CPUDecoder.serves(model)
+    model.compute_dtype = None
+    assert CPUDecoder.serves(model)
+    model.to(torch.bfloat16)  # every parameter got memory of its own
+    assert not CPUDecoder.serves(model)
+
+
+def test_rows_of_one_storage_that_are_out_of_order_are_not_taken_for_joined() -> None:
+    model = build()
+    join_projections(model)
+    attn = model.model.layers[0].attn
+    attn.q_proj.weight, attn.k_proj.weight = attn.k_proj.weight, attn.q_proj.weight
+    assert not CPUDecoder.serves(model)
