@@ -168,7 +168,7 @@ def _layer(block: Block) -> _Layer:
     if attn.config.use_short_conv:
         convolutions = (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d)
         conv = torch.cat([one.weight.squeeze(1) for one in convolutions]).float().T.contiguous()
-        biases = [one.bias for one in convolutions if one.bias is not None]
+        biases: list[Tensor] = [one.bias for one in convolutions if one.bias is not None]
         bias = torch.cat(biases).float() if biases else None
     return _Layer(
         mixer_norm=block.attn_norm.weight.float(),
