@@ -136,7 +136,37 @@ def test_altered_and_truncated_shards(work: Path, tmp_path: Path, capsys: pytest
 def test_generate_errors(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     refused(capsys, ["generate", str(tmp_path), "x"], str(tmp_path))
     refused(capsys, ["generate", str(work / "run"), "x", "--temperature", "nan"], "temperature = nan")
+    refused(capsys, ["generate", str(work / "run"), "x", "--top-p", "1.5"], "top_p = 1.5", "(0, 1]")
     refused(capsys, ["export", str(work / "run"), str(work / "text")], str(work / "text"))
+
+
+def test_a_damaged_folder_is_named(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "model"
+    shutil.copytree(next((work / "run" / "checkpoints").iterdir()), folder)
+    whole = {name: (folder / name).read_bytes() for name in ("model.safetensors", "config.json", "tokenizer.json")}
+    config = json.loads(whole["config.json"])
+
+    def damaged(name: str, content: bytes | None, *parts: str) -> None:
+        if content is None:
+            (folder / name).unlink()
+        else:
+            (folder / name).write_bytes(content)
+        for arguments in (["generate", str(folder), "x"], ["export", str(folder), str(tmp_path / "out")]):
+            refused(capsys, arguments, *parts)
+        (folder / name).write_bytes(whole[name])
+        assert not (tmp_path / "out").exists()
+
+    damaged("model.safetensors", whole["model.safetensors"][:-7], str(folder / "model.safetensors"), "damaged")
+    damaged("model.safetensors", None, str(folder / "model.safetensors"), "no such file")
+    damaged("tokenizer.json", None, str(folder), "tokenizer.json")
+    damaged("tokenizer.json", whole["tokenizer.json"][:50], str(folder / "tokenizer.json"))
+    for change, words in (
+        ({"attn": {"layers": [0]}}, "attn = {'layers': [0]} is not built here"),
+        ({"use_rope": True}, "unknown key 'use_rope'"),
+        ({"head_dim": "8"}, "head_dim = '8'"),
+    ):
+        damaged("config.json", json.dumps(config | change).encode(), str(folder / "config.json"), words)
+    assert main(["generate", str(folder), "x", "--max-new-tokens", "1"]) == 0
 
 
 def test_a_folder_that_cannot_be_written(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

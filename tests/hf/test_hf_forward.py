@@ -128,6 +128,22 @@ def test_arguments_that_would_change_the_result_are_refused(
     model(tokens(2, 6), output_attentions=False, token_type_ids=None)
 
 
+def test_ids_outside_the_vocabulary_are_named(model: Model) -> None:
+    ids = tokens(2, 6)
+    for bad in (67, -1):
+        ids[1, 3] = bad
+        for call in (lambda: model(ids), lambda: model.generate(ids, max_new_tokens=2, attention_mask=torch.ones_like(ids))):
+            with pytest.raises(ValueError, match=rf"input_ids\[1, 3\] = {bad}; expected an id in \[0, 67\)"):
+                call()
+
+
+def test_a_cache_of_another_model_is_refused(model: Model, make: Callable[..., Model]) -> None:
+    for change in ({"num_hidden_layers": 3}, {"head_dim": 4}, {"conv_size": 3}):
+        cache = make(**change)(tokens(2, 6)).past_key_values
+        with pytest.raises(ValueError, match="past_key_values is of another model"):
+            model(tokens(2, 1), past_key_values=cache)
+
+
 def test_a_cache_of_other_rows_is_refused(model: Model) -> None:
     cache = model(tokens(2, 6)).past_key_values
     with pytest.raises(ValueError, match="past_key_values holds 2 rows; the batch has 3"):

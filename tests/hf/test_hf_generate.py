@@ -177,3 +177,26 @@ def test_text_generation_pipeline(tmp_path: Path) -> None:
     generator.tokenizer.pad_token = generator.tokenizer.eos_token
     generator.tokenizer.padding_side = "left"
     assert [out[0]["generated_text"] for out in generator(prompts, batch_size=2, **options)] == alone
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"top_p": 1.5}, r"top_p = 1.5; expected a number in \(0, 1\]"),
+        ({"top_p": 0.0}, "top_p = 0.0"),
+        ({"top_p": float("nan")}, "top_p = nan"),
+        ({"temperature": float("nan")}, r"`temperature` \(=nan\)"),
+    ],
+    ids=str,
+)
+def test_bad_sampling_is_refused(model: Model, options: dict[str, float], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        generate(model, tokens(1, 4), do_sample=True, **options)
+
+
+@pytest.mark.parametrize("shape", [(1, 0), (0, 4)], ids=str)
+def test_no_tokens_and_no_rows_are_refused(model: Model, shape: tuple[int, int]) -> None:
+    with pytest.raises(
+        ValueError, match=rf"input_ids is \({shape[0]}, {shape[1]}\); expected .* at least one row and one token"
+    ):
+        generate(model, torch.zeros(shape, dtype=torch.long))

@@ -65,6 +65,8 @@ def test_json_round_trip(switches: dict[str, Any]) -> None:
         ({"attn": {"layers": [1]}}, r"here: attn = .* is not built here; expected None"),
         ({"attnres_block_size": 4}, "attnres_block_size = 4 is not built"),
         ({"use_l2warp": True}, "use_l2warp = True is not built"),
+        ({"use_rope": True}, "here: unknown key 'use_rope' = True; the nearest known key is 'use_"),
+        ({"num_v_head": 4}, "unknown key 'num_v_head' = 4; the nearest known key is 'num_v_heads'"),
         ({"hidden_act": "gelu"}, "hidden_act = 'gelu' is not built here; expected 'silu'"),
         ({"output_gate_activation": "sigmoid"}, "output_gate_activation = 'sigmoid'"),
         ({"model_type": "gla"}, "model_type = 'gla'; expected 'gated_deltanet'"),
@@ -84,3 +86,8 @@ def test_what_cannot_be_built_is_refused_by_name(change: dict[str, Any], message
 def test_keys_of_other_software_are_left_aside() -> None:
     data = ModelConfig().to_json() | {"fuse_norm": True, "transformers_version": "5.17.0", "id2label": {"0": "A"}}
     assert ModelConfig.from_json(data, "here") == ModelConfig()
+
+
+def test_keys_that_change_nothing_and_switches_that_are_off_are_left_aside() -> None:
+    others = {"attn_mode": "fused_recurrent", "_name_or_path": "x/y", "torch_dtype": "bfloat16", "use_rope": False, "mtp": None}
+    assert ModelConfig.from_json(PUBLISHED.to_json() | others, "here") == PUBLISHED

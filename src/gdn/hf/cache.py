@@ -5,7 +5,14 @@ from torch import Tensor
 from transformers import Cache
 
 from gdn.hf.configuration import GatedDeltaNetConfig
+from gdn.model.config import ModelConfig
 from gdn.model.state import DecodeState
+
+
+def state_layout(config: ModelConfig) -> tuple[torch.Size, torch.Size]:
+    """Shapes of a state of no rows: equal for models that can take up each other's states."""
+    state = DecodeState.empty(config, 0, "meta")
+    return state.recurrent.shape, state.conv.shape
 
 
 class GatedDeltaNetCache(Cache):
@@ -19,6 +26,7 @@ class GatedDeltaNetCache(Cache):
     def __init__(self, config: GatedDeltaNetConfig) -> None:
         super().__init__(layers=[])
         self.model_config = config.to_model_config()
+        self.layout = state_layout(self.model_config)
         self.state: DecodeState | None = None
         self.seen_tokens = 0
         self.last_hidden: Tensor | None = None

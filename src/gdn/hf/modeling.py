@@ -11,7 +11,7 @@ from transformers.generation import GenerationMode
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from gdn.hf.bundle import AUTO_MAP, write_bundle
-from gdn.hf.cache import GatedDeltaNetCache
+from gdn.hf.cache import GatedDeltaNetCache, state_layout
 from gdn.hf.configuration import GatedDeltaNetConfig
 from gdn.model.layers import Linear, RMSNorm
 from gdn.model.lm import Backbone, gate_parameters
@@ -61,7 +61,9 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
 
     def __init__(self, config: GatedDeltaNetConfig) -> None:
         super().__init__(config)
-        backbone = Backbone(config.to_model_config())
+        architecture = config.to_model_config()
+        self.state_layout = state_layout(architecture)
+        backbone = Backbone(architecture)
         self.embeddings, self.layers, self.norm = backbone.embeddings, backbone.layers, backbone.norm
         self.gradient_checkpointing = False
         self.post_init()
@@ -89,6 +91,8 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
         B, T = _input_shape(input_ids, inputs_embeds)
         cache = self._cache(past_key_values, use_cache)
         mask = token_mask(attention_mask, B, T, 0 if cache is None else cache.seen_tokens)
+        if input_ids is not None:
+            _check_ids(input_ids, self.embeddings.num_embeddings)
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         wants_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         moments = self._run(x, mask, cache, bool(wants_all))
@@ -130,6 +134,10 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
 
     def _cache(self, given: Cache | None, use_cache: bool | None) -> GatedDeltaNetCache | None:
         given = check_cache(given)
+        if given is not None and given.layout != self.state_layout:
+            raise ValueError(
+                f"past_key_values is of another model: its state is {given.layout}; this model's is {self.state_layout}"
+            )
         if self.gradient_checkpointing and self.training:
             if given is not None or use_cache:
                 raise ValueError("use_cache with gradient checkpointing in training: the state would be updated twice")
@@ -219,6 +227,9 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
         batch_size: int,
         max_cache_length: int,
     ) -> Any:
+        top_p = generation_config.top_p
+        if top_p is not None and not 0 < top_p <= 1:  # transformers ignores what is above 1
+            raise ValueError(f"top_p = {top_p!r}; expected a number in (0, 1]")
         super()._prepare_cache_for_generation(  # type: ignore[misc]
             generation_config, model_kwargs, generation_mode, batch_size, max_cache_length
         )
@@ -295,6 +306,18 @@ def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tupl
         wanted = "[B, T]" if inputs_embeds is None else "[B, T, hidden]"
         raise ValueError(f"{name} is {tuple(given.shape)}; expected {wanted} with at least one row and one token")
     return given.shape[0], given.shape[1]
+
+
+def _check_ids(ids: Tensor, vocab: int) -> None:
+    """ValueError for the first id that is no token. On a GPU single tokens and training are not held up to look."""
+    if torch.compiler.is_compiling() or (ids.device.type != "cpu" and (ids.shape[1] == 1 or torch.is_grad_enabled())):
+        return
+    outside = ((ids < 0) | (ids >= vocab)).nonzero()
+    if len(outside):
+        row, column = outside[0].tolist()
+        raise ValueError(
+            f"input_ids[{row}, {column}] = {int(ids[row, column])}; expected an id in [0, {vocab}), the vocabulary"
+        )
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

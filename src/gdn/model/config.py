@@ -1,6 +1,7 @@
 """The architecture of a Gated DeltaNet language model: what config.json stores, and what follows from it by arithmetic."""
 
 import dataclasses
+import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -18,6 +19,15 @@ _NOT_BUILT: dict[str, tuple[Any, ...]] = {
     "hidden_act": (None, "swish", "silu"),
     "output_gate_activation": (None, "swish", "silu"),
 }
+
+# Keys that change no result: flash-linear-attention's choice of kernels, and what transformers writes into every config.json.
+_LEFT_ASIDE = {
+    "attn_mode", "fuse_norm", "fuse_swiglu", "fuse_cross_entropy", "fuse_linear_cross_entropy", "use_cache",
+    "architectures", "auto_map", "model_type", "dtype", "torch_dtype", "transformers_version", "quantization_config",
+    "pad_token_id", "sep_token_id", "decoder_start_token_id", "tokenizer_class", "prefix", "id2label", "label2id", "num_labels",
+    "problem_type", "finetuning_task", "task_specific_params", "return_dict", "output_hidden_states", "output_attentions",
+    "torchscript", "chunk_size_feed_forward", "is_encoder_decoder", "is_decoder",
+}  # fmt: skip
 
 
 class FlopsPerToken(NamedTuple):
@@ -137,9 +147,9 @@ class ModelConfig:
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any], where: str) -> "ModelConfig":
-        """Read a config.json; `where` names it in errors. Keys that only concern other software are left aside.
+        """Read a config.json; `where` names it in errors. Keys that change no result are left aside.
 
-        Raises ConfigError for another model_type and for switches that are not built here.
+        Raises ConfigError for another model_type, and for switches that are not built or not known here, unless they are off.
         """
         if data.get("model_type") != MODEL_TYPE:
             raise ConfigError(f"{where}: model_type = {data.get('model_type')!r}; expected {MODEL_TYPE!r}")
@@ -147,4 +157,9 @@ class ModelConfig:
             if data.get(key) not in neutral:
                 raise ConfigError(f"{where}: {key} = {data[key]!r} is not built here; expected {neutral[-1]!r}")
         names = {field.name for field in dataclasses.fields(cls)}
+        known = names | _NOT_BUILT.keys() | _LEFT_ASIDE
+        for key, value in data.items():
+            if key not in known and not key.startswith("_") and value is not None and value is not False:
+                near = difflib.get_close_matches(key, sorted(known), n=1, cutoff=0.0)[0]
+                raise ConfigError(f"{where}: unknown key {key!r} = {value!r}; the nearest known key is {near!r}")
         return build(cls, {key: value for key, value in data.items() if key in names}, where)
