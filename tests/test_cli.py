@@ -218,6 +218,23 @@ def test_generate_streams_what_decoding_at_once_gives(work: Path, capsys: pytest
     assert len(set(texts.values())) == 3 and "\ufffd" in "".join(texts.values())  # an untrained model breaks characters
 
 
+def test_generate_in_the_dtype_asked_for(
+    work: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from gdn.generation import engine
+
+    seen: list[torch.dtype] = []
+    generate = engine.generate
+    monkeypatch.setattr(engine, "cpu_widens_bf16", lambda: True)
+    monkeypatch.setattr(
+        engine, "generate", lambda model, *a, **k: seen.append(model.lm_head.weight.dtype) or generate(model, *a, **k)
+    )
+    for dtype in ("auto", "float32", "bfloat16"):
+        arguments = ["generate", str(work / "run"), "x", "--max-new-tokens", "3", "--device", "cpu", "--dtype", dtype]
+        assert main(arguments) == 0
+    assert seen == [torch.float32, torch.float32, torch.bfloat16]
+
+
 def test_export_loads_through_transformers(work: Path, tmp_path: Path) -> None:
     from transformers import AutoModelForCausalLM
 

@@ -87,6 +87,12 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--top-p", type=float)
     add.add_argument("--seed", type=int, default=0)
     add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add.add_argument(
+        "--dtype",
+        choices=("auto", "float32", "bfloat16"),
+        default="auto",
+        help="of the weights: auto is as stored, or float32 on a CPU that is slow in that (default: %(default)s)",
+    )
     add.set_defaults(command=_generate)
 
     add = commands.add_parser("export", help="a checkpoint to a Hugging Face folder, logits compared")
@@ -203,15 +209,21 @@ def _train(args: argparse.Namespace) -> int:
 
 
 def _generate(args: argparse.Namespace) -> int:
+    import torch
+
     from gdn.data.tokenizer import load_tokenizer
     from gdn.generation.engine import for_decoding, generate
     from gdn.generation.sampling import Sampling
     from gdn.model.load import load_model
+    from gdn.ops.cpu import usable_cores
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
     folder = _find_checkpoint(args.checkpoint)
     tokenizer = load_tokenizer(folder)
-    model = for_decoding(load_model(folder), _device(args.device))
+    device, dtype = _device(args.device), None if args.dtype == "auto" else getattr(torch, args.dtype)
+    if device.type == "cpu":
+        torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
+    model = for_decoding(load_model(folder, dtype=dtype), device)
     prompt = ([] if tokenizer.bos_id is None else [tokenizer.bos_id]) + tokenizer.encode(args.prompt)
     eos = () if tokenizer.eos_id is None else (tokenizer.eos_id,)
     # Decoded behind the token before, because some tokenizers drop the space in front of a text's first word.

@@ -47,3 +47,24 @@ def test_as_linux_tells_them_to_an_older_torch(cpuinfo: str, dots: bool, widens:
     monkeypatch.setattr(Path, "exists", lambda self: True)
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: cpuinfo)
     assert (cpu.cpu_has_bf16_dots(), cpu.cpu_widens_bf16()) == (dots, widens)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "physical", "affinity", "quota", "wanted"),
+    [
+        (16, 8, 16, "max 100000\n", 8),
+        (16, 16, 4, "max 100000\n", 4),
+        (64, 32, 64, "250000 100000\n", 3),
+        (64, 32, 64, "10000 100000\n", 1),
+        (4, 0, 4, None, 4),
+    ],
+)
+def test_usable_cores(
+    cpus: int, physical: int, affinity: int, quota: str | None, wanted: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cpu.os, "cpu_count", lambda: cpus)
+    monkeypatch.setattr(cpu.os, "sched_getaffinity", lambda _: set(range(affinity)), raising=False)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"num_physical_cores": physical}, raising=False)
+    monkeypatch.setattr(Path, "exists", lambda self: quota is not None)
+    monkeypatch.setattr(Path, "read_text", lambda self, encoding: quota)
+    assert cpu.usable_cores() == wanted

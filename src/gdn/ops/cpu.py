@@ -1,5 +1,7 @@
-"""What this CPU multiplies natively, as PyTorch or Linux tell it: a fixed answer for a machine, never a timing."""
+"""What this CPU multiplies natively, and how many cores serve: a fixed answer for a machine, never a timing."""
 
+import math
+import os
 import platform
 from functools import cache
 from pathlib import Path
@@ -21,6 +23,23 @@ def cpu_widens_bf16() -> bool:
     With AVX-512 but without bf16 dots another library, oneDNN, takes the product over; that was not measured.
     """
     return "avx2" in _capabilities() and not _capabilities() & _AVX512
+
+
+def usable_cores() -> int:
+    """Physical cores that this process may keep busy: by its affinity, and by the quota of its container (cgroup v2).
+
+    A second thread on a core reads memory no faster, and threads beyond the quota wait for each other at every product.
+    """
+    limits: list[float] = [os.cpu_count() or 1]
+    if hasattr(torch.cpu, "get_capabilities"):
+        limits.append(int(torch.cpu.get_capabilities().get("num_physical_cores", 0)) or math.inf)
+    if hasattr(os, "sched_getaffinity"):
+        limits.append(len(os.sched_getaffinity(0)))
+    quota = Path("/sys/fs/cgroup/cpu.max")
+    if quota.exists():
+        allowed, period = quota.read_text(encoding="utf-8").split()
+        limits.append(math.inf if allowed == "max" else math.ceil(int(allowed) / int(period)))
+    return max(1, int(min(limits)))
 
 
 @cache

@@ -23,9 +23,7 @@ def short_conv(
     x [B, T, D]; weight [D, W]; bias [D]; initial_state [N, W - 1, D], the inputs before the first token, zeros if None.
     cu_seqlens: int32 [N + 1], then B == 1 and the window starts anew at each boundary. Returns [B, T, D] in x's dtype.
     """
-    extended, positions = _extend(x, weight, initial_state, cu_seqlens)
-    y = _window_sum(extended, weight, bias)
-    return F.silu(y if positions is None else y[:, positions])
+    return _conv(*_extend(x, weight, initial_state, cu_seqlens), weight, bias)
 
 
 def short_conv_with_state(
@@ -37,8 +35,8 @@ def short_conv_with_state(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """As `short_conv`, and each sequence's last W - 1 inputs [N, W - 1, D], from its initial_state on if it is shorter."""
-    y = short_conv(x, weight, bias, initial_state=initial_state, cu_seqlens=cu_seqlens)
-    extended, _ = _extend(x, weight, initial_state, cu_seqlens)
+    extended, positions = _extend(x, weight, initial_state, cu_seqlens)
+    y = _conv(extended, positions, weight, bias)
     carried = weight.shape[1] - 1
     if cu_seqlens is None:
         return y, extended[:, extended.shape[1] - carried :].clone()
@@ -75,6 +73,11 @@ def _extend(x: Tensor, weight: Tensor, initial_state: Tensor | None, cu_seqlens:
     # Token t of sequence n has (n + 1) * carried inherited inputs before it; its window starts `carried` earlier.
     sequence = torch.bucketize(torch.arange(T, device=x.device), cu_seqlens[1:].long(), right=True)
     return extended, torch.arange(T, device=x.device) + sequence * carried
+
+
+def _conv(extended: Tensor, positions: Tensor | None, weight: Tensor, bias: Tensor | None) -> Tensor:
+    y = _window_sum(extended, weight, bias)
+    return F.silu(y if positions is None else y[:, positions])
 
 
 def _window_sum(extended: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
