@@ -111,8 +111,9 @@ def test_stopping_and_streaming(make: Callable[..., Model], capsys: pytest.Captu
 
 
 def test_assisted_decoding_is_refused(model: Model) -> None:
-    with pytest.raises(ValueError, match="stateful"):
-        generate(model, tokens(1, 9), prompt_lookup_num_tokens=3)
+    for way in ({"prompt_lookup_num_tokens": 3}, {"assistant_model": model}):
+        with pytest.raises(ValueError, match="assisted generation is not supported with stateful models"):
+            generate(model, tokens(1, 9), **way)
 
 
 def test_the_cache_is_of_constant_size_and_counts(model: Model) -> None:
