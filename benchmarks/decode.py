@@ -2,10 +2,10 @@
 
 python benchmarks/decode.py [--device cpu] [--threads 2] [--tokens 40] [--repetitions 5] [--write]
 
-The floor of a step is one read of the weights that it uses (all but the embedding table) and of the state, and one write of the
-state, at the bandwidth measured here: the best of plain reads of 1 GiB, taken between the other measurements. Beside it the rate of
-PyTorch's own one-row products, which decoding is made of. Prefill runs beside two stacks of transformers in the same process, turn by
-turn, in float32. Of several repetitions the quietest counts, for ours and theirs: other work on the machine only ever adds time.
+The floor of a step is one read of the weights that it uses (all but the embedding table) and of the state, and one write of
+the state, at the bandwidth measured here: the best of plain reads of 1 GiB, taken between the other measurements. Beside it the
+rate of PyTorch's own one-row products, which decoding is made of. Prefill runs beside two stacks of transformers in the same
+process, turn by turn, in float32. Of several repetitions the quietest counts, for all: other work only ever adds time.
 """
 
 import argparse
@@ -55,7 +55,7 @@ def main() -> None:
         "command": "python benchmarks/decode.py " + " ".join(sys.argv[1:]),
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("gdn", "torch", "transformers")},
-        "units": "decode ms: median token of the quietest repetition; prefill ms: fastest; share: floor / ms; ratio: theirs / ours",
+        "units": "decode ms: median token of the quietest repetition; prefill ms: fastest; share: floor / ms; ratio: to gdn's",
         "parameters": PUBLISHED.num_parameters(),
         **measure_cpu(args.tokens, args.repetitions),
     }

@@ -113,11 +113,11 @@ def _reader(model: GatedDeltaNetLM) -> _Reader:
 
     A single token goes the same way wherever it comes from, prompt or text: so going on is never having stopped, to the bit.
     """
-    decoder = CPUDecoder(model) if CPUDecoder.serves(model) else None
+    steps, decoder = CPUDecoder.serves(model), cache(CPUDecoder)
 
     def read(ids: Tensor, state: DecodeState) -> Tensor:
-        if decoder is not None and ids.shape[1] == 1:
-            return decoder.step(int(ids), state)[None]
+        if steps and ids.shape[1] == 1:
+            return decoder(model).step(int(ids), state)[None]
         with torch.no_grad():  # not inference_mode: the state must stay usable outside
             logits = model(ids, state=state, last_only=True).logits
         assert logits is not None
