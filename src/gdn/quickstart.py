@@ -266,7 +266,7 @@ def _export(run: RunConfig, out: Path, model: GatedDeltaNetLM, tokenizer: Tokeni
     if target.exists():
         shutil.rmtree(target)
     manifest = read_manifest(out / "shards")
-    data = {"sources": ", ".join(manifest.sources), "training tokens": manifest.num_tokens(TRAIN)}
+    data = {"sources": ", ".join(source.name for source in manifest.sources), "training tokens": manifest.num_tokens(TRAIN)}
     card = write_card(toml.to_dict(run), data, results)
     export(model, target, tokenizer_files=tokenizer.save, card=card)
 
@@ -302,7 +302,7 @@ def _report(
     manifest, minutes = heldout.manifest, outcome.progress.seconds / 60
     facts = [
         ("model", f"{run.model.num_parameters():,} parameters, {run.model.num_hidden_layers} layers"),
-        ("text", f"{', '.join(manifest.sources)}; {manifest.num_bytes(TRAIN):,} bytes to train on"),
+        ("text", f"{', '.join(source.name for source in manifest.sources)}; {manifest.num_bytes(TRAIN):,} bytes to train on"),
         ("held out", f"{manifest.num_bytes(HELDOUT):,} bytes in {manifest.num_documents(HELDOUT)} documents, whole folders"),
         ("trained on", f"{outcome.progress.tokens:,} tokens in {minutes:.1f} minutes"),
         ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),

@@ -60,7 +60,7 @@ def test_shards_hold_the_documents_in_order(tmp_path: Path) -> None:
     assert manifest.source_tokens["train"] == {"Wiki": manifest.num_tokens("train")}
     assert list(manifest.source_tokens["heldout"]) == ["Book"]
     assert (manifest.bos_policy, manifest.bos_id, manifest.dtype) == ("before_each_document", 0, "uint16")
-    assert (manifest.skipped, manifest.sources, manifest.options["holdout"]) == (3, ("somewhere",), 0.1)
+    assert (manifest.skipped, manifest.sources[0].name, manifest.options["holdout"]) == (3, "somewhere", 0.1)
     assert seen[-1] == (42, num_bytes + 8)
     assert verify_shards(tmp_path / "out") == manifest == read_manifest(tmp_path / "out")
     assert load_tokenizer(tmp_path / "out" / "tokenizer").sha256 == manifest.tokenizer_sha256

@@ -22,6 +22,7 @@ from gdn.data.shards import (
     TRAIN,
     Manifest,
     ShardFile,
+    SourceRecord,
     dtype_for,
     write_manifest,
 )
@@ -154,12 +155,15 @@ def prepare(
                 tokenizer_sha256=tokenizer.sha256,
                 bos_policy="before_each_document" if bos else "none",
                 bos_id=tokenizer.bos_id if bos else None,
+                eos_policy="none",
+                eos_id=None,
                 splits={split: tuple(writer.files) for split, writer in writers.items()},
                 source_tokens={split: dict(sorted(writer.source_tokens.items())) for split, writer in writers.items()},
                 duplicates=duplicates,
                 skipped=stats.bad if stats is not None else 0,
+                skipped_share=0.0,
                 options={"deduplicate": deduplicate, "shard_tokens": shard_tokens} | dict(options or {}),
-                sources=tuple(sources),
+                sources=tuple(SourceRecord(name, "", None) for name in sources or ["memory"]),
                 versions=_versions(),
             )
             tokenizer.save(folder / TOKENIZER)
@@ -260,5 +264,5 @@ class _SplitWriter:
             stream.close()
         names = [Path(stream.name) for stream in streams]
         sums = [sha256_file(name) for name in names]
-        self.files.append(ShardFile(names[0].name, sums[0], sums[1], self._tokens, self._documents, self._bytes))
+        self.files.append(ShardFile(names[0].name, sums[0], sums[1], self._tokens, self._documents, self._bytes, 0))
         self._tokens = self._documents = self._bytes = 0
