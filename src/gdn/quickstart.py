@@ -20,9 +20,12 @@ from rich.table import Table
 
 import gdn
 from gdn import config as toml
-from gdn.data.prepare import choose_holdout, cut_document, prepare
-from gdn.data.readers import SUFFIXES, TEXT_SUFFIXES, Document, ReadStats, is_row_file, read_documents
+from gdn.data.holdout import choose_holdout, cut_document
+from gdn.data.prepare import Options as PrepareOptions
+from gdn.data.prepare import prepare
+from gdn.data.readers import Document, ReadStats, is_row_file, read_documents
 from gdn.data.shards import HELDOUT, MANIFEST, TOKENIZER, TRAIN, TokenShards, read_manifest
+from gdn.data.sources import SUFFIXES, TEXT_SUFFIXES, Source
 from gdn.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from gdn.errors import CheckpointError, ConfigError, DataError
 from gdn.eval.baselines import bigram_bits, unigram_bits, xz_bits
@@ -112,7 +115,8 @@ def quickstart(options: Options, out: Path, console: Console) -> int:
         console.print(
             f"  {manifest.num_documents(TRAIN):,} documents, {manifest.num_bytes(TRAIN) / 1e6:.1f} MB to train on; "
             f"{manifest.num_documents(HELDOUT):,} documents, {manifest.num_bytes(HELDOUT) / 1e6:.2f} MB held out "
-            f"(whole folders); {manifest.duplicates} duplicates dropped, {manifest.skipped} unreadable files left out",
+            f"(whole folders); {manifest.duplicates} duplicates dropped, "
+            f"{manifest.options['record']['unreadable']} unreadable files left out",
             highlight=False,
         )
         run = _recipe_for(options, out, shards, manifest.vocab_size, console)
@@ -144,7 +148,7 @@ def _prepare(options: Options, shards: Path) -> None:
     stats = ReadStats()
     # The standard library's tests hold files that are broken on purpose; a user's own broken file is an error.
     documents = read_documents(
-        source,
+        str(source),
         suffixes=SUFFIXES if options.text else TEXT_SUFFIXES,
         exclude=() if options.text else ("site-packages", "dist-packages"),
         skip_bad=not options.text,
@@ -166,16 +170,16 @@ def _prepare(options: Options, shards: Path) -> None:
     holdout = choose_holdout(unique, HELDOUT_FRACTION, seed=0)
     tokenizer = train_bpe((document.text for document in unique if holdout.split_of(document) == TRAIN), VOCAB_SIZE)
     name = "standard library of Python " + platform.python_version() if not options.text else str(source)
-    prepare(
-        read,
-        tokenizer,
-        shards,
-        split_of=holdout.split_of,
-        deduplicate=True,
-        stats=stats,
-        sources=(name,),
-        options={"heldout_fraction": HELDOUT_FRACTION, "heldout_by": holdout.by, "merges": MERGES},
-    )
+    # Laid out like any source that has its own splits, so that `prepare` is the one way to shards.
+    text = shards.with_name("text")
+    for split, folder in ((TRAIN, "train"), (HELDOUT, "validation")):
+        path = text / folder / "documents.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = (json.dumps({"text": document.text}) + "\n" for document in read if holdout.split_of(document) == split)
+        path.write_text("".join(rows), encoding="utf-8")
+    record = {"heldout_fraction": HELDOUT_FRACTION, "heldout_by": holdout.by, "merges": MERGES, "unreadable": stats.bad}
+    prepare([Source(str(text), name=name)], tokenizer, shards, PrepareOptions(deduplicate=True, record=record))
+    shutil.rmtree(text)
 
 
 def _recipe_for(options: Options, out: Path, shards: Path, vocab_size: int, console: Console) -> RunConfig:

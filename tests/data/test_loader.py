@@ -7,12 +7,11 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from shards_testing import prepare_texts
 from torch import Tensor
 
 from gdn.data.loader import IGNORED, Loader, sequential_windows
 from gdn.data.order import Order
-from gdn.data.prepare import prepare
-from gdn.data.readers import Document
 from gdn.data.shards import SourceRecord, TokenShards
 from gdn.data.tokenizer import train_bpe
 from gdn.errors import ConfigError, DataError
@@ -24,8 +23,7 @@ T = 8
 def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     texts = ["ab" * (1 + (i * 7) % 11) + "." * (i % 3) for i in range(60)]
     out = tmp_path_factory.mktemp("loader") / "out"
-    documents = [Document(text, "x.txt", 0, "") for text in texts]
-    prepare(documents, train_bpe([], 257), out, split_of=lambda _: "train", splits=["train"], shard_tokens=150)
+    prepare_texts(texts, train_bpe([], 257), out, task_bytes=200)
     return TokenShards.open(out, "train")
 
 

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shards_testing import prepare_texts
 
-from gdn.data.prepare import prepare
-from gdn.data.readers import Document
 from gdn.data.shards import TokenShards, read_manifest, verify_shards
 from gdn.data.tokenizer import train_bpe
 from gdn.errors import DataError
@@ -21,9 +20,8 @@ TEXTS = [f"document {i} " * (1 + i % 5) for i in range(30)]
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "out"
-    documents = [Document(text, "train.txt" if i % 6 else "held.txt", 0, "") for i, text in enumerate(TEXTS)]
-    tokenizer = train_bpe(TEXTS, 270)
-    prepare(documents, tokenizer, out, split_of=lambda d: "train" if d.path[0] == "t" else "heldout", shard_tokens=64)
+    train, held = [text for i, text in enumerate(TEXTS) if i % 6], TEXTS[::6]
+    prepare_texts(train, train_bpe(TEXTS, 270), out, held, task_bytes=280)
     return out
 
 
