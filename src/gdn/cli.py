@@ -94,8 +94,9 @@ def _parser() -> argparse.ArgumentParser:
     which = add.add_mutually_exclusive_group(required=True)
     which.add_argument("--step", type=int, help="counted from 0")
     which.add_argument("--windows", metavar="A,B,...", help="as named where a loss is not finite")
-    add.add_argument("--recipe", type=Path, help="of the run, for its sequence length, batch and seed")
-    add.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
+    add.add_argument(
+        "--recipe", nargs="+", default=[], metavar="RECIPE [a.b=value]", help="of the run, for its seq_len, batch and seed"
+    )
     add.set_defaults(command=_data_show)
     add = data.add_parser("overlap", help="13-grams of evaluation files that occur in the training text")
     add.add_argument("folder", type=Path)
@@ -231,10 +232,8 @@ def _data_show(args: argparse.Namespace) -> int:
     from gdn.data.tokenizer import load_tokenizer
     from gdn.train.recipe import RunConfig
 
-    run = load(RunConfig, args.recipe, args.overrides) if args.recipe else None
+    run = load(RunConfig, Path(args.recipe[0]), args.recipe[1:]) if args.recipe else None
     sizes = (run.data.seq_len, 1, run.data.global_batch_size, run.train.seed) if run else (2048, 1, 256, 42)
-    if args.overrides and run is None:
-        raise DataError("data show: settings without a recipe to change; expected --recipe RECIPE")
     if args.step is not None and args.step < 0:
         raise DataError(f"--step {args.step}; expected 0 or more")
     loader = Loader(TokenShards.open(args.folder, TRAIN), *sizes)

@@ -41,6 +41,9 @@ def test_a_file_a_folder_and_a_glob(tmp_path: Path) -> None:
     def names(spec: str, **options: Any) -> list[str]:
         return [file.name for file in find_files(str(tmp_path / spec), **options).files]
 
+    (tmp_path / "sub" / "link.txt").symlink_to(tmp_path / "a.txt")  # as in the Hub's cache
+    assert "sub/link.txt" in names("")
+    (tmp_path / "sub" / "link.txt").unlink()
     assert names("", exclude=["skip"]) == ["a.txt", "sub/b.jsonl", "sub/c.md"]
     assert names("", suffixes=[".md"]) == ["sub/c.md"]
     assert names("sub/image.png") == ["image.png"]

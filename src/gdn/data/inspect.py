@@ -15,6 +15,7 @@ from gdn.data.tokenizer import Tokenizer
 from gdn.errors import DataError
 
 NGRAM = 13  # words: the length that GPT-3's authors and most after them count overlap by
+_BLOCK = 1 << 20  # tokens
 _WORD = re.compile(r"\w+")
 _PRIME = np.uint64(0x9E3779B97F4A7C15)
 
@@ -140,10 +141,9 @@ def _strings(value: object) -> Iterator[str]:
 
 def _documents(shards: TokenShards, tokenizer: Tokenizer) -> Iterator[str]:
     """Text of every document, some at a time."""
-    step = 1 << 20
     rest = np.empty(0, dtype=np.int64)
-    for first in range(0, shards.num_tokens, step):
-        count = min(step, shards.num_tokens - first)
+    for first in range(0, shards.num_tokens, _BLOCK):
+        count = min(_BLOCK, shards.num_tokens - first)
         tokens = shards.read(first, count)
         begin, *parts = np.split(tokens, shards.document_starts(first, count))
         rest = np.concatenate([rest, begin])

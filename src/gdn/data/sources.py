@@ -85,7 +85,8 @@ def find_files(spec: str, *, suffixes: Collection[str] = SUFFIXES, exclude: Coll
         name = path[len(root) :].strip("/")
         parts, suffix = name.split("/"), _suffix(name)
         hidden = any(part.startswith(".") or part == "__pycache__" or part in exclude for part in parts)
-        if info["type"] == "file" and (not suffixes or (suffix in suffixes and not hidden)):
+        is_file = info["type"] == "file" or fs.isfile(path)  # a link to one, as in the Hub's cache
+        if is_file and (not suffixes or (suffix in suffixes and not hidden)):
             where = path if fs.protocol[0] == "file" else fs.unstrip_protocol(path)
             files.append(Piece(where, name, suffix, None, 0, -1, info["size"] or 0))
     if not files:
