@@ -78,7 +78,8 @@ def prepare(
 
     Raises DataError for sources, rows, options or an `out` that do not serve, RunError while another process is at it.
     """
-    dtype = _check(sources, tokenizer, options)
+    _check(sources, options)
+    dtype = _token_type(tokenizer, options)
     decided = {key: getattr(options, key) for key in _DECIDING} | {"record": dict(options.record)}
     decided |= {"sources": [dataclasses.asdict(source) for source in sources], "tokenizer": tokenizer.sha256}
     work = out.with_name(out.name + ".work")
@@ -97,6 +98,7 @@ def prepare(
 
 def training_texts(sources: Sequence[Source], options: Options, max_bytes: int = 256 << 20) -> Iterator[str]:
     """Texts to train a tokenizer on: about `max_bytes` of each source, from its first file on, none that is held out."""
+    _check(sources, options)
     for source in sources:
         found = find_files(source.spec).files
         own = any(file.split == HELDOUT for file in found)
@@ -173,8 +175,7 @@ def _run(
     return manifest
 
 
-def _check(sources: Sequence[Source], tokenizer: Tokenizer, options: Options) -> str:
-    """The name of the token type; DataError for what cannot be."""
+def _check(sources: Sequence[Source], options: Options) -> None:
     weights = [source.weight for source in sources]
     given = [weight for weight in weights if weight is not None]
     if not sources or len(given) not in (0, len(weights)) or not all(0 < weight < float("inf") for weight in given):
@@ -187,6 +188,10 @@ def _check(sources: Sequence[Source], tokenizer: Tokenizer, options: Options) ->
         value = getattr(options, name)
         if value is not None and value < 1:
             raise DataError(f"{name} = {value}; expected at least 1")
+
+
+def _token_type(tokenizer: Tokenizer, options: Options) -> str:
+    """Its name; DataError where the tokenizer lacks what the options ask for."""
     for wanted, special, key in ((options.bos, tokenizer.bos_id, "bos"), (options.eos, tokenizer.eos_id, "eos")):
         if wanted and special is None:
             raise DataError(
