@@ -130,14 +130,23 @@ class DocumentEncoder:
         longest = max(map(len, new), default=0)
         if longest > _LONGEST_WORD:
             raise DataError(f"{longest} characters without a space or newline; expected fewer than {_LONGEST_WORD}")
-        for word, encoding in zip(new, self._words.encode_batch_fast(new, add_special_tokens=False)):
-            self._cache[word] = self._bytes(encoding.ids)
+        self._cache.update(zip(new, self._encode_words(new)))
         self._cached_characters += sum(map(len, new))
         parts: dict[int, list[bytes]] = {}
         for i, words in batch:
             parts.setdefault(i, []).append(b"".join(map(self._cache.__getitem__, words)))
         for i, found in parts.items():
             result[i] = b"".join([result[i], *found])
+
+    def _encode_words(self, words: list[str]) -> Iterator[bytes]:
+        # One call and one result for all words: an object for each of them would take longer than its merging.
+        encoding = self._words.encode(words, is_pretokenized=True, add_special_tokens=False)
+        ids = self._bytes(encoding.ids)
+        ends = np.cumsum(np.bincount(np.array(encoding.word_ids, dtype=np.int64), minlength=len(words))) * self._dtype.itemsize
+        start = 0
+        for end in ends.tolist():
+            yield ids[start:end]
+            start = end
 
     def _bytes(self, ids: list[int]) -> bytes:
         return np.array(ids, dtype=self._dtype).tobytes()
