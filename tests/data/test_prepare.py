@@ -160,6 +160,19 @@ def test_weights_divide_the_tokens_and_go_into_the_manifest(tmp_path: Path) -> N
         prepare(plain, WORDS, tmp_path / "no", Options(max_tokens=5))
 
 
+def test_a_source_with_its_own_splits_beside_one_without(tmp_path: Path) -> None:
+    write_rows(tmp_path / "plain.jsonl", TEXTS)
+    write_rows(tmp_path / "laid" / "train" / "a.jsonl", ["laid out", "same"])
+    write_rows(tmp_path / "laid" / "validation" / "a.jsonl", ["held", "same", TEXTS[0]])
+    sources = [Source(str(tmp_path / "laid"), 1.0), Source(str(tmp_path / "plain.jsonl"), 1.0)]
+    prepare(sources, WORDS, tmp_path / "out", Options(holdout=0.2, deduplicate=True, task_bytes=500))
+    held = [text for text in TEXTS if is_held_out(text_digest(text), 0.2)]
+    assert tokens(tmp_path / "out") == ids(["laid out", "same", *(text for text in TEXTS if text not in held)])
+    assert tokens(tmp_path / "out", HELDOUT) == ids(["held", *held])
+    parts = TokenShards.open(tmp_path / "out", TRAIN).parts
+    assert parts[0].num_tokens == len(ids(["laid out", "same"]))
+
+
 def test_the_holdout_never_moves(tmp_path: Path) -> None:
     """Whether a document is held out depends on its text alone: not on the others, their order, or the files."""
     held = [text for text in TEXTS if is_held_out(text_digest(text), 0.2)]
@@ -252,6 +265,17 @@ def test_bad_input_is_a_line_or_counted(tmp_path: Path, name: str, data: Any, me
     assert tokens(tmp_path / "out") == ids([*TEXTS, *good])
     assert manifest.skipped == 1 and manifest.skipped_share == pytest.approx(1 / (len(TEXTS) + len(good) + 1))
     assert caught.value.args[0] == manifest.options["first_skipped"]
+
+
+def test_what_was_skipped_on_request_is_an_error_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "x.jsonl", TEXTS).open("a").write("{\n")
+    with monkeypatch.context() as patch:
+        patch.setattr(gdn.data.prepare, "assemble", lambda *rest: 1 / 0)  # stopped when all tasks are done
+        with pytest.raises(ZeroDivisionError):
+            run(tmp_path / "x.jsonl", tmp_path / "out", skip_bad=True)
+    with pytest.raises(DataError, match=r"x\.jsonl: row 60 \(line 61\): broken JSON"):
+        run(tmp_path / "x.jsonl", tmp_path / "out")
+    assert run(tmp_path / "x.jsonl", tmp_path / "out", skip_bad=True).skipped == 1
 
 
 def test_bad_rows_of_a_stretch_are_counted_from_the_files_start(tmp_path: Path) -> None:

@@ -68,7 +68,7 @@ def test_any_file_system_of_fsspec() -> None:
     [
         (["train/chunk1/a.jsonl", "validation/chunk1/b.jsonl", "test/c.jsonl"], ["train", "heldout"]),
         (["data/train-00000-of-00002.parquet", "data/test-0.parquet", "data/validation-0.parquet"], ["train", "heldout"]),
-        (["train.jsonl", "dev.jsonl"], ["heldout", "train"]),
+        (["train.jsonl", "dev.jsonl", "more.jsonl", "README.md"], ["heldout", "train", "train"]),
         (["test/a.jsonl", "b.jsonl"], [None, None]),  # no train split, so "test" is only a name
         (["train.py", "test/a.py"], [None, None]),  # of code, such names say nothing
     ],
@@ -215,7 +215,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Hub]]:
 
 def test_a_dataset_of_the_hub_is_read_at_its_commit(hub: type[Hub]) -> None:
     hub.files = {"train/chunk1/a.jsonl": row("one") + row("two"), "validation/b.jsonl": row("held"), "README.md": b"# card"}
-    found = find_files("some/text", suffixes=[".jsonl"])
+    found = find_files("some/text")
     assert found.revision == hub.sha
     assert [(file.name, file.split) for file in found.files] == [
         ("train/chunk1/a.jsonl", "train"),

@@ -108,7 +108,7 @@ def assemble(kept: Sequence[Kept], out: Path, dtype: "np.dtype[Any]") -> tuple[d
     source_tokens: dict[str, Counter[str]] = {TRAIN: Counter(), HELDOUT: Counter()}
     duplicates = documents = bad = blank = 0
     first_bad = ""
-    for item in kept:
+    for item in sorted(kept, key=lambda item: item.stream.source):  # a source's shards lie together
         summary = read_task(item.folder)
         assert summary is not None
         bad, blank = bad + summary["bad"], blank + summary["blank"]

@@ -20,6 +20,7 @@ import multiprocess
 import numpy as np
 from datatrove.data import Document
 from datatrove.executor import LocalPipelineExecutor, RayPipelineExecutor, SlurmPipelineExecutor
+from datatrove.executor.base import PipelineExecutor
 from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger as datatrove_logger
 
@@ -73,35 +74,43 @@ def run_tasks(
 def _execute(pipeline: list[PipelineStep], tasks: int, workers: int, logs: Path, options: "Options") -> None:
     datatrove_logger.disable("datatrove")
     given: dict[str, Any] = {key: int(value) if value.isdigit() else value for key, value in options.executor_options.items()}
+    given |= {"pipeline": pipeline, "tasks": tasks, "workers": workers, "logging_dir": str(logs)}
+    if options.executor == "slurm":
+        for key in ("time", "partition"):
+            if key not in given:
+                raise DataError(f"--executor slurm: no {key}; expected --executor-option {key}=...")
+        # --wait: the call ends when the jobs have, so that what they made is assembled by it.
+        given |= {"sbatch_args": {"wait": ""}}
+        given = {"job_name": "gdn-prepare", "mail_type": "NONE", "venv_path": f"{sys.prefix}/bin/activate"} | given
+        executor = _made(SlurmPipelineExecutor, given)
+        try:
+            executor.run()
+        except FileNotFoundError as error:
+            raise DataError(f"--executor slurm: {error.filename}: {error.strerror}") from None
+        except subprocess.CalledProcessError as error:
+            if not any(logs.parent.parent.joinpath("failures").glob("*")):  # else a job has said why
+                raise DataError(f"--executor slurm: {error}") from None
+    elif options.executor == "ray":
+        try:
+            import ray
+        except ImportError:
+            raise DataError("--executor ray: Ray is not installed: pip install ray") from None
+        executor = _made(RayPipelineExecutor, given)
+        ray.init(ignore_reinit_error=True, log_to_driver=False)
+        executor.run()
+    else:
+        executor = _made(LocalPipelineExecutor, given)
+        # Said before datatrove forks: else tokenizers prints a warning, as it cannot know that the fork encodes nothing.
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+        with _forks_die_with_us():
+            executor.run()
+
+
+def _made(kind: type[PipelineExecutor], given: dict[str, Any]) -> PipelineExecutor:
     try:
-        if options.executor == "slurm":
-            for key in ("time", "partition"):
-                if key not in given:
-                    raise DataError(f"--executor slurm: no {key}; expected --executor-option {key}=...")
-            # --wait: the call ends when the jobs have, so that what they made is assembled by it.
-            given = {"job_name": "gdn-prepare", "mail_type": "NONE", "venv_path": f"{sys.prefix}/bin/activate"} | given
-            SlurmPipelineExecutor(
-                pipeline, tasks=tasks, workers=workers, logging_dir=str(logs), sbatch_args={"wait": ""}, **given
-            ).run()
-        elif options.executor == "ray":
-            try:
-                import ray
-            except ImportError:
-                raise DataError("--executor ray: Ray is not installed: pip install ray") from None
-            ray.init(ignore_reinit_error=True, log_to_driver=False)
-            RayPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=str(logs), **given).run()
-        else:
-            # Said before datatrove forks: else tokenizers prints a warning, as it cannot know that the fork encodes nothing.
-            os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-            with _forks_die_with_us():
-                LocalPipelineExecutor(pipeline, tasks=tasks, workers=workers, logging_dir=str(logs), **given).run()
-    except TypeError as error:
+        return kind(**given)
+    except TypeError as error:  # an option that it does not have
         raise DataError(f"--executor-option: {error}") from None
-    except FileNotFoundError as error:
-        raise DataError(f"--executor {options.executor}: {error.filename}: {error.strerror}") from None
-    except subprocess.CalledProcessError as error:
-        if not any(logs.parent.parent.joinpath("failures").glob("*")):
-            raise DataError(f"--executor {options.executor}: {error}") from None
 
 
 class TokenWriter(PipelineStep):

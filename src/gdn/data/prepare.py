@@ -149,6 +149,8 @@ def _run(
             shutil.rmtree(work / "tasks")  # there is nothing in them to go on with
             bad = f"; {totals.bad} bad files or rows skipped, the first: {totals.first_bad}" if totals.bad else ""
             raise DataError(f"{', '.join(source.spec for source in sources)}: empty: no text to train on{bad}")
+        if totals.bad and not options.skip_bad:  # an earlier call skipped it
+            raise DataError(totals.first_bad)
         manifest = Manifest(
             format_version=FORMAT_VERSION,
             dtype=dtype,

@@ -91,6 +91,8 @@ def find_files(spec: str, *, suffixes: Collection[str] = SUFFIXES, exclude: Coll
             files.append(Piece(where, name, suffix, None, 0, -1, info["size"] or 0))
     if not files:
         raise DataError(f"{spec}: no readable file; expected one of {', '.join(sorted(suffixes))}")
+    if revision and any(file.suffix in ROW_SUFFIXES for file in files):  # README.md is a dataset's card, not of its text
+        files = [file for file in files if file.suffix in ROW_SUFFIXES]
     return Found(_with_splits(sorted(files, key=lambda file: file.name)), revision)
 
 
@@ -182,11 +184,12 @@ def _suffix(name: str) -> str:
 
 
 def _with_splits(files: list[Piece]) -> list[Piece]:
-    """The files with the splits that their layout names, if it names a train split; text files have none."""
+    """The files with the splits that their layout names, if it names a train split; text beside those is about them."""
     named = [_SPLITS.get(_layout_word(file)) for file in files]
     if TRAIN not in named:
         return files
-    return [file._replace(split=split) for file, split in zip(files, named) if split != ""]
+    rows = [(file, split) for file, split in zip(files, named) if file.suffix in ROW_SUFFIXES]
+    return [file._replace(split=split or TRAIN) for file, split in rows if split != ""]
 
 
 def _layout_word(file: Piece) -> str:
