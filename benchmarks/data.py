@@ -158,7 +158,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
                 for _ in range(1 if number == 3 else 1000):
                     stream.write(json.dumps({"text": " ".join(rng.choices(words, k=size // 7))}) + "\n")
         command = [sys.executable, "-m", "gdn", "prepare", str(folder), "--tokenizer", str(args.tokenizer), "--workers", "2"]
-        process = subprocess.Popen([*command, "--out", str(folder / "out")], start_new_session=True)
+        process = subprocess.Popen([*command, "--out", str(folder / "out")], start_new_session=True, stdout=subprocess.DEVNULL)
         peaks = [0, 0]
 
         def sample() -> None:
