@@ -1,5 +1,7 @@
 import json
 import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -128,6 +130,22 @@ def test_sums_are_computed_again_only_for_files_that_changed(folder: Path) -> No
     edit(folder, lambda m: m["splits"]["train"][3].update(sha256="0" * 64))
     with pytest.raises(DataError, match=r"train-00003\.bin: altered"):
         read()
+
+
+def test_more_shards_than_files_may_be_open(pristine: Path) -> None:
+    """In a process of its own: the limit is raised as far as the system lets, and named where it does not."""
+    code = f"""
+import resource, sys
+from pathlib import Path
+import gdn.data.shards as shards
+shards._OTHER_FILES = 30
+resource.setrlimit(resource.RLIMIT_NOFILE, (10, int(sys.argv[1])))
+train = shards.TokenShards.open(Path({str(pristine)!r}), "train")
+print(len(train.read(0, train.num_tokens)))
+"""
+    run = [subprocess.run([sys.executable, "-c", code, hard], capture_output=True, text=True) for hard in ("200", "40")]
+    assert run[0].stdout.strip() == str(TokenShards.open(pristine, "train").num_tokens), run[0].stderr
+    assert "files of shards, and a process may open 40 here; expected ulimit -n" in run[1].stderr
 
 
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:

@@ -11,6 +11,7 @@ import json
 import logging
 import mmap
 import re
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,6 +34,7 @@ DOCS_DTYPE = np.dtype("<u8")
 BOS_POLICIES = ("before_each_document", "none")
 EOS_POLICIES = ("after_each_document", "none")
 VERIFIED = ".verified.json"
+_OTHER_FILES = 512  # that a process may have open beside its shards
 
 
 @dataclass(frozen=True)
@@ -187,6 +189,7 @@ class TokenShards:
         self.manifest = manifest
         self._files = manifest.splits[split]
         dtype = DTYPES[manifest.dtype]
+        _allow_open_files(2 * sum(map(len, manifest.splits.values())))
         self._tokens = [_map(folder / file.name, dtype, read_ahead=False) for file in self._files]
         self._docs = [_map(folder / file.docs_name, DOCS_DTYPE, read_ahead=True) for file in self._files]
         self._starts = np.concatenate([[0], np.cumsum([file.tokens for file in self._files])]).astype(np.int64)
@@ -301,6 +304,16 @@ def verify_shards(folder: Path, progress: Callable[[str], None] | None = None) -
         TokenShards.open(folder, split).verify(progress, again=True)
     _check_sha256(folder / TOKENIZER / "tokenizer.json", manifest.tokenizer_sha256)
     return manifest
+
+
+def _allow_open_files(count: int) -> None:
+    """Let this process hold `count` files beside others: a mapped one stays open. DataError where the system does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise DataError(f"{count} files of shards, and a process may open {hard} here; expected ulimit -n {wanted}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
 
 
 def _map(path: Path, dtype: "np.dtype[Any]", read_ahead: bool) -> np.ndarray:
