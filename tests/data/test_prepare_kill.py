@@ -89,6 +89,29 @@ def kill_and_compare(inputs: Path, out: Path, kills: int, seed: int) -> None:
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_workers_in_the_middle_of_a_task_die_with_their_parent(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PREPARE_DRIVER_HANGS", "1")
+    process = run(inputs, tmp_path / "out")
+    try:
+        deadline = time.monotonic() + 60
+        while len(list((tmp_path / "out.work" / "tasks").glob("*.partial-*"))) < 2:
+            assert time.monotonic() < deadline and process.poll() is None
+            time.sleep(0.05)
+        assert len(of_session(process.pid)) >= 3
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 20
+        while of_session(process.pid):
+            assert time.monotonic() < deadline, "workers outlived their parent"
+            time.sleep(0.05)
+    finally:
+        for left in of_session(process.pid):
+            os.kill(left, signal.SIGKILL)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_killed_three_times(inputs: Path, tmp_path: Path) -> None:
     assert len(list((inputs / "whole").glob("train-*.bin"))) > 8
     kill_and_compare(inputs, tmp_path / "out", kills=3, seed=1)
