@@ -120,6 +120,40 @@ def test_text_that_is_none(tmp_path: Path, capsys: pytest.CaptureFixture[str], c
     assert [path.name for path in tmp_path.iterdir()] == ["bad.txt"]
 
 
+def test_prepare_with_every_option(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from gdn.data.shards import read_manifest
+
+    for name in ("a", "b"):
+        rows = [f'{{"body": "{name} text {i % 50}"}}' for i in range(100)]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(rows + ["{"]))
+    arguments = [
+        "prepare",
+        str(tmp_path / "a.jsonl"),
+        str(tmp_path / "b.jsonl"),
+        "--weights",
+        "1,3",
+        "--train-tokenizer",
+        "280",
+    ]
+    arguments += ["--holdout", "0.2", "--text-column", "body", "--deduplicate", "--no-bos", "--eos", "--dtype", "uint32"]
+    arguments += ["--max-tokens", "100000", "--workers", "1", "--out", str(tmp_path / "out")]
+    refused(capsys, arguments, "a.jsonl: row 100 (line 101): broken JSON")
+    assert main([*arguments, "--skip-bad"]) == 0
+    printed = capsys.readouterr().out
+    assert "left out: 100 exact copies" in printed and "left out: 2 bad files or rows, 0.99% of all, the first: " in printed
+    manifest = read_manifest(tmp_path / "out")
+    assert [source.weight for source in manifest.sources] == [1.0, 3.0]
+    assert (manifest.dtype, manifest.bos_policy, manifest.eos_policy) == ("uint32", "none", "after_each_document")
+    assert manifest.num_documents("train") + manifest.num_documents("heldout") == 100
+    refused(capsys, [*arguments, "--eos", "--weights", "1"], "--weights 1: 1 numbers; expected one for each of 2 sources")
+    refused(capsys, [*arguments, "--weights", "1,x"], "--weights '1,x': expected numbers separated by commas")
+    refused(capsys, [*arguments, "--executor-option", "x"], "--executor-option 'x': expected KEY=VALUE")
+    refused(capsys, [*arguments, "--tokenizer", "x"], "expected one of --tokenizer PATH and --train-tokenizer SIZE")
+    refused(capsys, [*arguments[:-1], str(tmp_path / "new"), "--holdout", "1"], "holdout = 1.0; expected a share")
+    new = ["--train-tokenizer", "280", "--out", str(tmp_path / "new")]
+    refused(capsys, ["prepare", str(tmp_path / "absent"), *new], "absent: no such file")
+
+
 def test_altered_and_truncated_shards(work: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name in ("altered", "truncated"):
         folder = tmp_path / name

@@ -21,7 +21,7 @@ FENCES = {  # package -> who may import it
     "triton": ("ops/triton_",),
     "transformers": ("hf/", "eval/harness.py", "data/tokenizer.py"),
     "lm_eval": ("eval/",),
-    "datatrove": ("data/prepare.py", "data/readers.py"),
+    "datatrove": ("data/readers.py", "data/executors.py"),
     "tensorboard": ("train/metrics.py",),
     "torch.utils.tensorboard": ("train/metrics.py",),
     "wandb": ("train/metrics.py",),

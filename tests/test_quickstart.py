@@ -72,7 +72,7 @@ def test_leaves_results_a_report_and_a_model_that_loads(done: Path) -> None:
     assert results["heldout_bytes"] == manifest.num_bytes(HELDOUT)
     assert set(results["baselines"]) == {"unigram", "bigram", "xz -9e"}
     assert 1 < results["bits_per_byte"] < 8  # text of ten letters: an untrained model needs about 11 bits a token
-    assert manifest.duplicates == 1 and manifest.options["heldout_by"] == "folder"
+    assert manifest.duplicates == 1 and manifest.options["record"]["heldout_by"] == "folder"
     assert manifest.num_documents(TRAIN) + manifest.num_documents(HELDOUT) == 80
     page = (done / "report.html").read_text(encoding="utf-8")
     assert f"{results['bits_per_byte']:.3f}" in page and page.count("http://") + page.count("https://") <= page.count(

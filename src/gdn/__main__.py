@@ -4,4 +4,5 @@ import sys
 
 from gdn.cli import main
 
-sys.exit(main())
+if __name__ == "__main__":  # workers of `gdn prepare` import this module too
+    sys.exit(main())

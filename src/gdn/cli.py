@@ -3,9 +3,11 @@
 import argparse
 import importlib.util
 import logging
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from gdn import __version__
 from gdn.errors import CheckpointError, DataError, GDNError
@@ -55,22 +57,51 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--tokens-per-second", type=float, metavar="N", help="the speed to compute the time at")
     add.set_defaults(command=_info)
 
-    add = commands.add_parser("prepare", help="documents to token shards with a manifest")
-    add.add_argument("source", type=Path, help="a file or folder: txt, md, rst, py, jsonl (plain, gz, zst), parquet")
+    add = commands.add_parser("prepare", help="documents to token shards with a manifest; the same command goes on")
+    add.add_argument(
+        "source", nargs="+", help="a file, folder or glob, local or a URL, or the id of a Hub dataset: text, jsonl, parquet"
+    )
+    add.add_argument("--weights", metavar="A,B,...", help="parts of the mixture, one for each source (default: by size)")
     add.add_argument("--tokenizer", type=Path, metavar="PATH", help="tokenizer.json or its folder")
     add.add_argument("--train-tokenizer", type=int, metavar="SIZE", help="train a byte-level BPE of this vocabulary instead")
     add.add_argument("--out", type=Path, required=True, help="folder to create")
-    add.add_argument("--holdout", type=float, default=0.01, help="share of the bytes to hold out (default: %(default)g)")
-    add.add_argument("--text-column", default="text", help="of jsonl and parquet rows (default: %(default)s)")
+    add.add_argument("--max-tokens", type=int, metavar="N", help="of training text: whole documents until there are as many")
+    add.add_argument(
+        "--holdout",
+        type=float,
+        help="share of documents to hold out (default: 0.01; 0 where the source has a validation split)",
+    )
+    add.add_argument("--text-column", help="of jsonl and parquet rows (default: text, or found)")
     add.add_argument("--deduplicate", action="store_true", help="drop exact copies")
+    add.add_argument("--no-bos", action="store_true", help="no BOS before each document")
+    add.add_argument("--eos", action="store_true", help="EOS after each document")
+    add.add_argument(
+        "--dtype", choices=("auto", "uint16", "uint32"), default="auto", help="of the shards (default: %(default)s)"
+    )
     add.add_argument("--skip-bad", action="store_true", help="leave out unreadable files and rows, counted in the manifest")
+    add.add_argument("--workers", type=int, default=os.cpu_count(), help="tasks at a time (default: one a core)")
+    add.add_argument("--executor", choices=("local", "slurm", "ray"), default="local", help="(default: %(default)s)")
+    add.add_argument("--executor-option", action="append", default=[], metavar="KEY=VALUE", help="for Slurm or Ray; repeatable")
     add.set_defaults(command=_prepare)
 
-    add = commands.add_parser("data", help="token shards: check")
+    add = commands.add_parser("data", help="token shards: check, show, overlap")
     data = add.add_subparsers(title="commands", required=True, metavar="COMMAND")
     add = data.add_parser("check", help="verify every checksum of a folder of shards")
     add.add_argument("folder", type=Path)
     add.set_defaults(command=_data_check)
+    add = data.add_parser("show", help="the text of the windows that a step trains on")
+    add.add_argument("folder", type=Path)
+    which = add.add_mutually_exclusive_group(required=True)
+    which.add_argument("--step", type=int, help="counted from 0")
+    which.add_argument("--windows", metavar="A,B,...", help="as named where a loss is not finite")
+    add.add_argument(
+        "--recipe", nargs="+", default=[], metavar="RECIPE [a.b=value]", help="of the run, for its seq_len, batch and seed"
+    )
+    add.set_defaults(command=_data_show)
+    add = data.add_parser("overlap", help="13-grams of evaluation files that occur in the training text")
+    add.add_argument("folder", type=Path)
+    add.add_argument("--eval", type=Path, required=True, metavar="FOLDER", help="of .jsonl, .txt or .raw files, one a task")
+    add.set_defaults(command=_data_overlap)
 
     add = commands.add_parser("train", help="train a recipe; the same command goes on where it stopped")
     _add_recipe(add)
@@ -115,7 +146,8 @@ def _add_recipe(parser: argparse.ArgumentParser) -> None:
 
 
 def _quickstart(args: argparse.Namespace) -> int:
-    _need_transformers("quickstart")
+    _need("transformers", "quickstart", "hf")
+    _need("datatrove", "quickstart", "data")
     from rich.console import Console
 
     from gdn.quickstart import Options, quickstart
@@ -138,47 +170,55 @@ def _info(args: argparse.Namespace) -> int:
 
 
 def _prepare(args: argparse.Namespace) -> int:
-    from gdn.data.prepare import choose_holdout, cut_document, prepare
-    from gdn.data.readers import ReadStats, is_row_file, read_documents
-    from gdn.data.shards import TRAIN
+    _need("datatrove", "prepare", "data")
+    from gdn.data.prepare import Options, prepare, training_texts
+    from gdn.data.sources import Source
     from gdn.data.tokenizer import load_tokenizer, train_bpe
 
     if (args.tokenizer is None) == (args.train_tokenizer is None):
         raise DataError("prepare: expected one of --tokenizer PATH and --train-tokenizer SIZE")
-    if not 0 < args.holdout < 1:
-        raise DataError(f"--holdout = {args.holdout}; expected a share between 0 and 1")
-    stats = ReadStats()
-    documents = list(read_documents(args.source, text_column=args.text_column, skip_bad=args.skip_bad, stats=stats))
-    if len(documents) == 1 and not is_row_file(documents[0].path):
-        documents = cut_document(documents[0], 100)
-    holdout = choose_holdout(documents, args.holdout, seed=0)
+    weights = _numbers(args.weights, float, "--weights") if args.weights else [None] * len(args.source)
+    if len(weights) != len(args.source):
+        raise DataError(
+            f"--weights {args.weights}: {len(weights)} numbers; expected one for each of {len(args.source)} sources"
+        )
+    sources = [Source(spec, weight) for spec, weight in zip(args.source, weights)]
+    settings = {}
+    for item in args.executor_option:
+        key, separator, value = item.partition("=")
+        if not separator:
+            raise DataError(f"--executor-option {item!r}: expected KEY=VALUE")
+        settings[key] = value
+    same = ("text_column", "holdout", "max_tokens", "deduplicate", "eos", "dtype", "skip_bad", "executor", "workers")
+    options = Options(bos=not args.no_bos, executor_options=settings, **{name: getattr(args, name) for name in same})
     if args.tokenizer is not None:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
-        tokenizer = train_bpe((d.text for d in documents if holdout.split_of(d) == TRAIN), args.train_tokenizer)
-    manifest = prepare(
-        documents,
-        tokenizer,
-        args.out,
-        split_of=holdout.split_of,
-        deduplicate=args.deduplicate,
-        sources=(str(args.source),),
-        options={"holdout": args.holdout, "heldout_by": holdout.by, "text_column": args.text_column},
-        stats=stats,
-        progress=_show_progress if sys.stderr.isatty() else None,
-    )
+        tokenizer = train_bpe(training_texts(sources, options), args.train_tokenizer)
+    progress = _show_progress if sys.stderr.isatty() and not args.quiet else None
+    manifest = prepare(sources, tokenizer, args.out, options, progress)
     for split in manifest.splits:
         print(
             f"{split}: {manifest.num_documents(split):,} documents, {manifest.num_bytes(split):,} bytes, "
             f"{manifest.num_tokens(split):,} tokens"
         )
+    if manifest.duplicates:
+        print(f"left out: {manifest.duplicates} exact copies")
     if manifest.skipped:
-        print(f"left out: {manifest.skipped} unreadable files or rows, the first: {stats.first_bad}")
+        first = manifest.options["first_skipped"]
+        print(f"left out: {manifest.skipped} bad files or rows, {manifest.skipped_share:.2%} of all, the first: {first}")
     return 0
 
 
-def _show_progress(documents: int, num_bytes: int) -> None:
-    print(f"\r{documents:,} documents, {num_bytes / 1e6:,.0f} MB", end="", file=sys.stderr, flush=True)
+def _show_progress(done: int, total: int, tokens: int) -> None:
+    print(f"\r{done:,} of {total:,} tasks, {tokens / 1e6:,.1f}M tokens", end="", file=sys.stderr, flush=True)
+
+
+def _numbers(text: str, kind: type, option: str) -> list[Any]:
+    try:
+        return [kind(part) for part in text.split(",")]
+    except ValueError:
+        raise DataError(f"{option} {text!r}: expected numbers separated by commas") from None
 
 
 def _data_check(args: argparse.Namespace) -> int:
@@ -188,6 +228,44 @@ def _data_check(args: argparse.Namespace) -> int:
     files = sum(len(files) for files in manifest.splits.values())
     tokens = sum(manifest.num_tokens(split) for split in manifest.splits)
     print(f"{args.folder}: {files} shards, {tokens:,} tokens, all checksums right")
+    return 0
+
+
+def _data_show(args: argparse.Namespace) -> int:
+    from gdn.config import load
+    from gdn.data.inspect import windows_of
+    from gdn.data.loader import Loader
+    from gdn.data.shards import TOKENIZER, TRAIN, TokenShards
+    from gdn.data.tokenizer import load_tokenizer
+    from gdn.train.recipe import RunConfig
+
+    run = load(RunConfig, Path(args.recipe[0]), args.recipe[1:]) if args.recipe else None
+    sizes = (run.data.seq_len, 1, run.data.global_batch_size, run.train.seed) if run else (2048, 1, 256, 42)
+    if args.step is not None and args.step < 0:
+        raise DataError(f"--step {args.step}; expected 0 or more")
+    loader = Loader(TokenShards.open(args.folder, TRAIN), *sizes)
+    windows = loader.windows(args.step).tolist() if args.step is not None else _numbers(args.windows, int, "--windows")
+    for window in windows_of(loader, load_tokenizer(args.folder / TOKENIZER), windows):
+        print(f"=== window {window.window}: tokens {window.start} to {window.start + loader.seq_len}")
+        print("\n--- document\n".join(window.documents))
+    return 0
+
+
+def _data_overlap(args: argparse.Namespace) -> int:
+    from gdn.data.inspect import NGRAM, overlaps
+    from gdn.data.shards import TOKENIZER, TRAIN, TokenShards
+    from gdn.data.tokenizer import load_tokenizer
+
+    def progress(done: int, total: int) -> None:
+        print(f"\r{done:,} of {total:,} documents", end="", file=sys.stderr, flush=True)
+
+    shards = TokenShards.open(args.folder, TRAIN)
+    found = overlaps(shards, load_tokenizer(args.folder / TOKENIZER), args.eval, progress if sys.stderr.isatty() else None)
+    for task in found:
+        print(
+            f"{task.task}: {task.rows_hit:,} of {task.rows:,} rows, {task.ngrams_hit:,} of {task.ngrams:,} {NGRAM}-grams "
+            "are in the training text"
+        )
     return 0
 
 
@@ -246,7 +324,7 @@ def _generate(args: argparse.Namespace) -> int:
 
 
 def _export(args: argparse.Namespace) -> int:
-    _need_transformers("export")
+    _need("transformers", "export", "hf")
     import torch
 
     from gdn.data.tokenizer import load_tokenizer
@@ -280,9 +358,9 @@ def _doctor(args: argparse.Namespace) -> int:
     return 1 if any(check.ok is False for check in checks) else 0
 
 
-def _need_transformers(command: str) -> None:
-    if importlib.util.find_spec("transformers") is None:
-        raise GDNError(f'{command} checks its model through transformers: pip install "gdn[hf]"')
+def _need(package: str, command: str, extra: str) -> None:
+    if importlib.util.find_spec(package) is None:
+        raise GDNError(f'{command} needs {package}: pip install "gdn[{extra}]"')
 
 
 def _find_checkpoint(path: Path) -> Path:

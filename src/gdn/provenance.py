@@ -55,7 +55,7 @@ def summary(manifest: Manifest) -> dict[str, Any]:
         for split in manifest.splits
     }
     return {
-        "sources": ", ".join(manifest.sources),
+        "sources": ", ".join(source.name for source in manifest.sources),
         **splits,
         "vocabulary": manifest.vocab_size,
         "tokenizer_sha256": manifest.tokenizer_sha256,

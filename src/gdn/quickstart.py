@@ -20,9 +20,12 @@ from rich.table import Table
 
 import gdn
 from gdn import config as toml
-from gdn.data.prepare import choose_holdout, cut_document, prepare
-from gdn.data.readers import SUFFIXES, TEXT_SUFFIXES, Document, ReadStats, is_row_file, read_documents
+from gdn.data.holdout import choose_holdout, cut_document
+from gdn.data.prepare import Options as PrepareOptions
+from gdn.data.prepare import prepare
+from gdn.data.readers import Document, ReadStats, is_row_file, read_documents
 from gdn.data.shards import HELDOUT, MANIFEST, TOKENIZER, TRAIN, TokenShards, read_manifest
+from gdn.data.sources import SUFFIXES, TEXT_SUFFIXES, Source
 from gdn.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from gdn.errors import CheckpointError, ConfigError, DataError
 from gdn.eval.baselines import bigram_bits, unigram_bits, xz_bits
@@ -113,7 +116,8 @@ def quickstart(options: Options, out: Path, console: Console) -> int:
         console.print(
             f"  {manifest.num_documents(TRAIN):,} documents, {manifest.num_bytes(TRAIN) / 1e6:.1f} MB to train on; "
             f"{manifest.num_documents(HELDOUT):,} documents, {manifest.num_bytes(HELDOUT) / 1e6:.2f} MB held out "
-            f"(whole folders); {manifest.duplicates} duplicates dropped, {manifest.skipped} unreadable files left out",
+            f"(whole folders); {manifest.duplicates} duplicates dropped, "
+            f"{manifest.options['record']['unreadable']} unreadable files left out",
             highlight=False,
         )
         run = _recipe_for(options, out, shards, manifest.vocab_size, console)
@@ -145,7 +149,7 @@ def _prepare(options: Options, shards: Path) -> None:
     stats = ReadStats()
     # The standard library's tests hold files that are broken on purpose; a user's own broken file is an error.
     documents = read_documents(
-        source,
+        str(source),
         suffixes=SUFFIXES if options.text else TEXT_SUFFIXES,
         exclude=() if options.text else ("site-packages", "dist-packages"),
         skip_bad=not options.text,
@@ -167,16 +171,16 @@ def _prepare(options: Options, shards: Path) -> None:
     holdout = choose_holdout(unique, HELDOUT_FRACTION, seed=0)
     tokenizer = train_bpe((document.text for document in unique if holdout.split_of(document) == TRAIN), VOCAB_SIZE)
     name = "standard library of Python " + platform.python_version() if not options.text else str(source)
-    prepare(
-        read,
-        tokenizer,
-        shards,
-        split_of=holdout.split_of,
-        deduplicate=True,
-        stats=stats,
-        sources=(name,),
-        options={"heldout_fraction": HELDOUT_FRACTION, "heldout_by": holdout.by, "merges": MERGES},
-    )
+    # Laid out like any source that has its own splits, so that `prepare` is the one way to shards.
+    text = shards.with_name("text")
+    for split, folder in ((TRAIN, "train"), (HELDOUT, "validation")):
+        path = text / folder / "documents.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        rows = (json.dumps({"text": document.text}) + "\n" for document in read if holdout.split_of(document) == split)
+        path.write_text("".join(rows), encoding="utf-8")
+    record = {"heldout_fraction": HELDOUT_FRACTION, "heldout_by": holdout.by, "merges": MERGES, "unreadable": stats.bad}
+    prepare([Source(str(text), name=name)], tokenizer, shards, PrepareOptions(deduplicate=True, record=record))
+    shutil.rmtree(text)
 
 
 def _recipe_for(options: Options, out: Path, shards: Path, vocab_size: int, console: Console) -> RunConfig:
@@ -301,7 +305,7 @@ def _report(
     manifest, minutes = heldout.manifest, outcome.progress.seconds / 60
     facts = [
         ("model", f"{run.model.num_parameters():,} parameters, {run.model.num_hidden_layers} layers"),
-        ("text", f"{', '.join(manifest.sources)}; {manifest.num_bytes(TRAIN):,} bytes to train on"),
+        ("text", f"{', '.join(source.name for source in manifest.sources)}; {manifest.num_bytes(TRAIN):,} bytes to train on"),
         ("held out", f"{manifest.num_bytes(HELDOUT):,} bytes in {manifest.num_documents(HELDOUT)} documents, whole folders"),
         ("trained on", f"{outcome.progress.tokens:,} tokens in {minutes:.1f} minutes"),
         ("machine", f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads"),

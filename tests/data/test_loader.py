@@ -1,15 +1,18 @@
+import dataclasses
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from shards_testing import prepare_texts
 from torch import Tensor
 
 from gdn.data.loader import IGNORED, Loader, sequential_windows
 from gdn.data.order import Order
-from gdn.data.prepare import prepare
-from gdn.data.readers import Document
-from gdn.data.shards import TokenShards
+from gdn.data.shards import SourceRecord, TokenShards
 from gdn.data.tokenizer import train_bpe
 from gdn.errors import ConfigError, DataError
 
@@ -20,8 +23,7 @@ T = 8
 def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     texts = ["ab" * (1 + (i * 7) % 11) + "." * (i % 3) for i in range(60)]
     out = tmp_path_factory.mktemp("loader") / "out"
-    documents = [Document(text, "x.txt", 0, "") for text in texts]
-    prepare(documents, train_bpe([], 257), out, split_of=lambda _: "train", splits=["train"], shard_tokens=150)
+    prepare_texts(texts, train_bpe([], 257), out, task_bytes=200)
     return TokenShards.open(out, "train")
 
 
@@ -45,19 +47,19 @@ def test_micro_batches_are_slices_of_the_stream_in_order(shards: TokenShards) ->
 
 def test_an_epoch_predicts_every_token_once(shards: TokenShards) -> None:
     loader = Loader(shards, T, 1, 1, seed=1)
-    count = shards.num_windows(T)
+    count = shards.parts[0].num_windows(T)
     windows = [int(batch.window_ids[0]) for step in range(count) for batch in loader.micro_batches(step)]
     assert sorted(windows) == list(range(count))
     assert shards.num_tokens - 1 - count * T < T
 
 
-@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
 @pytest.mark.parametrize("micro_batch_size", [1, 2])
 def test_the_global_batch_is_the_same_for_any_division(shards: TokenShards, world_size: int, micro_batch_size: int) -> None:
-    whole = next(Loader(shards, T, 8, 8, seed=3).micro_batches(7))
-    loader = Loader(shards, T, micro_batch_size, 8, seed=3)
+    whole = next(Loader(shards, T, 48, 48, seed=3).micro_batches(7))
+    loader = Loader(shards, T, micro_batch_size, 48, seed=3)
     parts = [batch for rank in range(world_size) for batch in loader.micro_batches(7, rank, world_size)]
-    assert len(parts) == 8 // micro_batch_size
+    assert len(parts) == 48 // micro_batch_size
     for name in ("input_ids", "labels", "window_ids"):
         assert torch.equal(torch.cat([getattr(part, name) for part in parts]), getattr(whole, name))
 
@@ -106,6 +108,56 @@ def test_sequential_windows_cover_the_split(shards: TokenShards, seq_len: int) -
     assert not valid[len(tokens) - 1 :].any() and valid[: len(tokens) - 1].all()
     ids = torch.cat([batch.window_ids for batch in batches])
     assert torch.equal(ids, torch.arange(len(ids))) and len(labels) == len(ids) * seq_len
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 12), min_size=1, max_size=12), st.sampled_from([1, 2, 4]))
+def test_reading_ahead_changes_nothing(shards: TokenShards, steps: list[int], world_size: int) -> None:
+    """Steps in any order, by whichever rank: what was read in the background is used for the very step it was read for."""
+    loader = Loader(shards, T, 2, 8, seed=4)
+    for step in steps:
+        rank = step % world_size
+        got = [batch.window_ids for batch in loader.micro_batches(step, rank, world_size)]
+        fresh = [batch.window_ids for batch in Loader(shards, T, 2, 8, seed=4).micro_batches(step, rank, world_size)]
+        assert all(torch.equal(a, b) for a, b in zip(got, fresh, strict=True))
+
+
+def test_the_next_step_is_read_in_the_background(shards: TokenShards, monkeypatch: pytest.MonkeyPatch) -> None:
+    loader, threads = Loader(shards, T, 2, 4, seed=4), []
+    load = Loader.load
+    monkeypatch.setattr(Loader, "load", lambda self, w: (threads.append(threading.current_thread()), load(self, w))[1])
+    for step in range(5, 9):
+        list(loader.micro_batches(step))
+    assert loader._ahead is not None
+    loader._ahead[1].result()
+    main = [thread is threading.main_thread() for thread in threads]
+    assert main == [True] * 2 + [False] * 8
+
+
+def test_weighted_sources_are_parts_with_windows_of_their_own(shards: TokenShards) -> None:
+    """The same files, told to come from two sources: windows do not cross from one to the other, shares are the weights."""
+    files = shards.manifest.splits["train"]
+    files = tuple(dataclasses.replace(file, source=int(i >= 2)) for i, file in enumerate(files))
+    sources = (SourceRecord("a", "", 1.0), SourceRecord("b", "", 3.0))
+    manifest = dataclasses.replace(shards.manifest, splits={"train": files}, sources=sources)
+    assert manifest.fingerprint != shards.manifest.fingerprint
+    mixed = TokenShards(shards.folder, "train", manifest)
+    border = sum(file.tokens for file in files[:2])
+    assert [(part.first, part.num_tokens) for part in mixed.parts] == [(0, border), (border, shards.num_tokens - border)]
+    tokens, counts = stream(shards), [(border - 1) // T, (shards.num_tokens - border - 1) // T]
+    starts = {i * T for i in range(counts[0])} | {border + i * T for i in range(counts[1])}
+    for reset in (False, True):
+        loader, seen, first = Loader(mixed, T, 4, 8, 2, reset), set(), 0
+        for step in range(60):
+            for batch in loader.micro_batches(step):
+                for row, window in enumerate(batch.window_ids.tolist()):
+                    start = window * T if window < counts[0] else border + (window - counts[0]) * T
+                    assert torch.equal(batch.input_ids.reshape(-1, T)[row], tokens[start : start + T])
+                    seen.add(start)
+                    first += start < border
+        assert seen == starts and abs(first - 60 * 8 / 4) <= 2
+    with pytest.raises(DataError, match=f"has {border} tokens of a; expected at least {border + 1}"):
+        Loader(mixed, border, 1, 1, seed=0)
 
 
 def test_bad_sizes_get_one_line(shards: TokenShards) -> None:

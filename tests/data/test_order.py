@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gdn.data.order import Order
+from gdn.data.order import Mixture, Order
 from gdn.errors import DataError
 
 
@@ -70,6 +70,63 @@ def test_a_batch_of_the_published_run_is_fast() -> None:
         order.batch(step * 500, 256)
         times.append(time.perf_counter() - began)
     assert np.median(times) < 1e-3
+
+
+SOURCES = st.lists(st.tuples(st.integers(1, 400), st.floats(1e-3, 1e3)), min_size=1, max_size=5)
+
+
+@settings(max_examples=80, deadline=None)
+@given(SOURCES, st.integers(0, 2**63), st.integers(0, 10**6), st.integers(0, 500))
+def test_a_mixture_draws_each_source_in_its_own_order(
+    sources: list[tuple[int, float]], seed: int, first: int, count: int
+) -> None:
+    sizes, weights = [size for size, _ in sources], [weight for _, weight in sources]
+    windows = Mixture(sizes, weights, seed).windows(first, count)
+    edges = np.cumsum([0, *sizes])
+    owner = np.searchsorted(edges, windows, side="right") - 1
+    for i, weight in enumerate(weights):
+        mine = windows[owner == i] - edges[i]
+        wanted = count * weight / sum(weights)
+        assert abs(len(mine) - wanted) <= len(weights) + count * 1e-5
+        around = int(first * weight / sum(weights))  # where in its own order the source stands, to within the rounding
+        slack = len(weights) + 2 + int(first * 1e-5)
+        begin = max(around - slack, 0)
+        stretch = Order(sizes[i], seed + (i << 64)).windows(begin, around - begin + len(mine) + slack)
+        found = np.lib.stride_tricks.sliding_window_view(stretch, len(mine)) == mine if len(mine) else np.array([[True]])
+        assert found.all(axis=1).any()
+
+
+@settings(max_examples=60, deadline=None)
+@given(SOURCES, st.integers(0, 2**40), st.integers(0, 300), st.data())
+def test_any_slicing_of_a_mixture_is_the_same_stream(
+    sources: list[tuple[int, float]], first: int, count: int, data: st.DataObject
+) -> None:
+    mixture = Mixture([size for size, _ in sources], [weight for _, weight in sources], 3)
+    cut = data.draw(st.integers(0, count))
+    parts = [mixture.windows(first, cut), mixture.windows(first + cut, count - cut)]
+    assert np.array_equal(mixture.windows(first, count), np.concatenate(parts))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.floats(0.01, 100), st.integers(0, 2**63), st.integers(0, 3))
+def test_one_source_is_its_order(num_windows: int, weight: float, seed: int, epoch: int) -> None:
+    mixture = Mixture([num_windows], [weight], seed)
+    windows = mixture.windows(epoch * num_windows, num_windows)
+    assert np.array_equal(windows, Order(num_windows, seed).windows(epoch * num_windows, num_windows))
+    assert np.array_equal(np.sort(windows), np.arange(num_windows))
+
+
+def test_golden_values_of_a_mixture() -> None:
+    assert Mixture([10, 10, 1000], [1, 2, 1], 0).windows(0, 16).tolist() == GOLDEN_MIXTURE
+
+
+GOLDEN_MIXTURE = [777, 11, 15, 5, 776, 18, 19, 6, 594, 16, 13, 1, 974, 14, 12, 8]
+
+
+@pytest.mark.parametrize("weights", [[1], [1, 0], [1, -1], [1, float("nan")], [1, float("inf")]])
+def test_weights_that_are_none(weights: list[float]) -> None:
+    with pytest.raises(DataError, match="expected 2 numbers above 0, one for each source"):
+        Mixture([5, 5], weights, 0)
 
 
 def test_no_windows_is_an_error() -> None:

@@ -1,4 +1,7 @@
 import json
+import os
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -7,9 +10,8 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from shards_testing import prepare_texts
 
-from gdn.data.prepare import prepare
-from gdn.data.readers import Document
 from gdn.data.shards import TokenShards, read_manifest, verify_shards
 from gdn.data.tokenizer import train_bpe
 from gdn.errors import DataError
@@ -20,9 +22,8 @@ TEXTS = [f"document {i} " * (1 + i % 5) for i in range(30)]
 @pytest.fixture(scope="module")
 def pristine(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("shards") / "out"
-    documents = [Document(text, "train.txt" if i % 6 else "held.txt", 0, "") for i, text in enumerate(TEXTS)]
-    tokenizer = train_bpe(TEXTS, 270)
-    prepare(documents, tokenizer, out, split_of=lambda d: "train" if d.path[0] == "t" else "heldout", shard_tokens=64)
+    train, held = [text for i, text in enumerate(TEXTS) if i % 6], TEXTS[::6]
+    prepare_texts(train, train_bpe(TEXTS, 270), out, held, task_bytes=280)
     return out
 
 
@@ -65,8 +66,15 @@ def test_any_stretch_equals_the_files(pristine: Path, data: st.DataObject) -> No
 def test_windows_and_documents_per_window(pristine: Path, seq_len: int) -> None:
     tokens, starts = whole(pristine, "train")
     shards = TokenShards.open(pristine, "train")
-    assert shards.num_windows(seq_len) == sum(1 for w in range(len(tokens)) if w * seq_len + seq_len + 1 <= len(tokens))
-    assert shards.max_documents_per_window(seq_len) == np.bincount(np.array(starts) // seq_len).max()
+    assert shards.parts[0].num_windows(seq_len) == sum(
+        1 for w in range(len(tokens)) if w * seq_len + seq_len + 1 <= len(tokens)
+    )
+    assert shards.max_documents(0, seq_len) == np.bincount(np.array(starts) // seq_len).max()
+    later = starts[len(starts) // 2]
+    assert (
+        shards.max_documents(later, seq_len)
+        >= np.bincount(np.array([s - later for s in starts if s >= later]) // seq_len).max()
+    )
 
 
 def test_reading_outside_is_an_index_error(pristine: Path) -> None:
@@ -107,6 +115,39 @@ def test_one_flipped_bit_is_found(folder: Path, name: str) -> None:
             TokenShards.open(folder, "train").verify()
 
 
+def test_sums_are_computed_again_only_for_files_that_changed(folder: Path) -> None:
+    def read() -> list[str]:
+        seen: list[str] = []
+        TokenShards.open(folder, "train").verify(seen.append)
+        return seen
+
+    assert len(read()) == 10 and read() == []
+    path = folder / "train-00002.bin"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    path.write_bytes(path.read_bytes())
+    os.utime(path, ns=times)  # a time of change set back is no disguise: the inode's own is looked at too
+    assert read() == ["train-00002.bin"] and read() == []
+    edit(folder, lambda m: m["splits"]["train"][3].update(sha256="0" * 64))
+    with pytest.raises(DataError, match=r"train-00003\.bin: altered"):
+        read()
+
+
+def test_more_shards_than_files_may_be_open(pristine: Path) -> None:
+    """In a process of its own: the limit is raised as far as the system lets, and named where it does not."""
+    code = f"""
+import resource, sys
+from pathlib import Path
+import gdn.data.shards as shards
+shards._OTHER_FILES = 30
+resource.setrlimit(resource.RLIMIT_NOFILE, (10, int(sys.argv[1])))
+train = shards.TokenShards.open(Path({str(pristine)!r}), "train")
+print(len(train.read(0, train.num_tokens)))
+"""
+    run = [subprocess.run([sys.executable, "-c", code, hard], capture_output=True, text=True) for hard in ("200", "40")]
+    assert run[0].stdout.strip() == str(TokenShards.open(pristine, "train").num_tokens), run[0].stderr
+    assert "files of shards, and a process may open 40 here; expected ulimit -n" in run[1].stderr
+
+
 def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     data = json.loads((folder / "manifest.json").read_text())
     change(data)
@@ -116,7 +157,7 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda m: m.update(format_version=2), "format_version 2; this gdn reads 1"),
+        (lambda m: m.update(format_version=1), "format_version 1; this gdn reads 2"),
         (lambda m: m.pop("bos_policy"), "key 'bos_policy' is missing"),
         (lambda m: m.pop("splits"), "key 'splits' is missing"),
         (lambda m: m.update(extra=1), "key 'extra' is unknown"),
@@ -126,6 +167,10 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
         (lambda m: m.update(dtype="int8"), "dtype 'int8'; expected one of uint16, uint32"),
         (lambda m: m.update(bos_policy="odd"), "bos_policy 'odd'"),
         (lambda m: m.update(splits=[]), r"splits is \[\]; expected an object"),
+        (lambda m: m.update(eos_policy="odd"), "eos_policy 'odd'"),
+        (lambda m: m["sources"][0].update(weight=-1.0), r"weights \[-1.0\]; expected none, or one above 0"),
+        (lambda m: m["sources"][0].update(weight="1"), r"sources\[0\].weight is '1'; expected a number"),
+        (lambda m: m["splits"]["train"][2].update(source=1), "train-00002.bin has source 1; expected ascending ones of 1"),
         (lambda m: m["splits"]["train"][1].pop("tokens"), r"key 'splits.train\[1\].tokens' is missing"),
         (lambda m: m["splits"]["train"][0].update(tokens=-5), r"splits.train\[0\].tokens is -5"),
         (lambda m: m["splits"]["train"][0].update(tokens=0), "train-00000.bin has 0 tokens"),

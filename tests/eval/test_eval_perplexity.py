@@ -4,11 +4,10 @@ import math
 
 import pytest
 import torch
+from shards_testing import prepare_texts
 from torch import Tensor
 
-from gdn.data.prepare import prepare
-from gdn.data.readers import Document
-from gdn.data.shards import HELDOUT, TRAIN, TokenShards
+from gdn.data.shards import HELDOUT, TokenShards
 from gdn.data.tokenizer import train_bpe
 from gdn.eval.memory import memory_use
 from gdn.eval.perplexity import bits_per_byte, heldout_loss, stream_nats
@@ -66,14 +65,7 @@ def test_bits_per_byte() -> None:
 def shards(tmp_path_factory: pytest.TempPathFactory) -> TokenShards:
     folder = tmp_path_factory.mktemp("eval") / "shards"
     texts = ["naïve words 😀, one and two and three. " * 2, "and another one of them, two words long"]
-    documents = [Document(text, f"{i}.txt", 0, "") for i, text in enumerate(texts)]
-    tokenizer = train_bpe(texts, VOCAB)
-    prepare(
-        [*documents, Document("train", "t.txt", 0, "")],
-        tokenizer,
-        folder,
-        split_of=lambda document: TRAIN if document.path == "t.txt" else HELDOUT,
-    )
+    prepare_texts(["train"], train_bpe(texts, VOCAB), folder, texts)
     return TokenShards.open(folder, HELDOUT)
 
 

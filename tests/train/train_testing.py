@@ -7,12 +7,10 @@ from typing import Any
 import torch
 from rich.console import Console
 from safetensors.torch import load_file
+from shards_testing import prepare_texts
 from torch import Tensor
 
 from gdn import config as toml
-from gdn.data.prepare import prepare
-from gdn.data.readers import Document
-from gdn.data.shards import HELDOUT, TRAIN
 from gdn.data.tokenizer import train_bpe
 from gdn.model.config import ModelConfig
 from gdn.train.loop import CHECKPOINTS, Outcome, train
@@ -50,9 +48,8 @@ def text(words: int, seed: int) -> str:
 
 
 def make_shards(folder: Path, vocab: int = VOCAB, seed: int = 1) -> Path:
-    documents = [Document(text(60, seed + i), f"{i}.txt", 0, "") for i in range(40)]
-    tokenizer = train_bpe([document.text for document in documents], vocab)
-    prepare(documents, tokenizer, folder, split_of=lambda document: HELDOUT if document.path == "39.txt" else TRAIN)
+    texts = [text(60, seed + i) for i in range(40)]
+    prepare_texts(texts[:-1], train_bpe(texts, vocab), folder, texts[-1:])
     return folder
 
 

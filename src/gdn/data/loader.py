@@ -1,13 +1,14 @@
 """Token shards to batches of tensors: training in the order of `order`, evaluation in the order of the text."""
 
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from gdn.data.order import Order
+from gdn.data.order import Mixture
 from gdn.data.shards import TokenShards
 from gdn.errors import ConfigError, DataError
 from gdn.ops.cross_entropy import IGNORED
@@ -23,7 +24,7 @@ class Batch(NamedTuple):
 
 
 class Loader:
-    """The micro batches of any step, as a pure function of (shards, seed, step).
+    """The micro batches of any step, as a pure function of (shards, seed, step); the step after it is read in the background.
 
     A window is seq_len + 1 tokens at a stride of seq_len, so that it has seq_len targets. With `reset_at_documents` the
     windows of a micro batch are laid end to end, [1, micro_batch_size * seq_len], and `cu_seqlens` begins a sequence at
@@ -48,23 +49,31 @@ class Loader:
             raise ConfigError(
                 f"global_batch_size = {global_batch_size}; expected a multiple of micro_batch_size = {micro_batch_size}"
             )
-        num_windows = shards.num_windows(seq_len)
-        if num_windows < 1:
-            raise DataError(
-                f"{shards.folder}: split {shards.split!r} has {shards.num_tokens} tokens; "
-                f"expected at least {seq_len + 1} for seq_len = {seq_len}"
-            )
+        for part in shards.parts:
+            if part.num_tokens <= seq_len:
+                of = f" of {part.name}" if len(shards.parts) > 1 else ""
+                raise DataError(
+                    f"{shards.folder}: split {shards.split!r} has {part.num_tokens} tokens{of}; "
+                    f"expected at least {seq_len + 1} for seq_len = {seq_len}"
+                )
         self.shards = shards
         self.seq_len = seq_len
         self.micro_batch_size = micro_batch_size
         self.global_batch_size = global_batch_size
-        self.order = Order(num_windows, seed)
+        counts = [part.num_windows(seq_len) for part in shards.parts]
+        self.order = Mixture(counts, [part.weight for part in shards.parts], seed)
+        # Windows are numbered through the parts, and a part begins where the one before ends, not a window later.
+        self._first_windows = np.cumsum([0, *counts[:-1]])
+        self._offsets = np.array([part.first for part in shards.parts]) - self._first_windows * seq_len
         self._num_boundaries = 0  # length of cu_seqlens
         if reset_at_documents:
-            self._num_boundaries = micro_batch_size * (1 + shards.max_documents_per_window(seq_len)) + 1
+            most = max(shards.max_documents(part.first, seq_len) for part in shards.parts)
+            self._num_boundaries = micro_batch_size * (1 + most) + 1
+        self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
+        self._reader = ThreadPoolExecutor(1, "loader")
 
     def micro_batches(self, step: int, rank: int = 0, world_size: int = 1) -> Iterator[Batch]:
-        """Yield the micro batches of optimizer step `step` (from 0) that fall to `rank`: its slice of the global batch.
+        """The micro batches of optimizer step `step` (from 0) that fall to `rank`: its slice of the global batch.
 
         Raises ConfigError where micro_batch_size * world_size does not divide global_batch_size.
         """
@@ -73,15 +82,32 @@ class Loader:
                 f"global_batch_size = {self.global_batch_size}; expected a multiple of micro_batch_size = "
                 f"{self.micro_batch_size} times world_size = {world_size}"
             )
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None and ahead[0] == (step, rank, world_size):
+            batches = ahead[1].result()
+        else:
+            batches = self._load_step(step, rank, world_size)
+        after = (step + 1, rank, world_size)
+        self._ahead = (after, self._reader.submit(self._load_step, *after))
+        return iter(batches)
+
+    def windows(self, step: int, rank: int = 0, world_size: int = 1) -> np.ndarray:
+        """Which windows step `step` trains on at `rank`: int64 [global_batch_size / world_size]."""
         share = self.global_batch_size // world_size
-        windows = self.order.batch(step, self.global_batch_size)[rank * share : (rank + 1) * share]
-        for first in range(0, share, self.micro_batch_size):
-            yield self.load(windows[first : first + self.micro_batch_size])
+        return self.order.batch(step, self.global_batch_size)[rank * share : (rank + 1) * share]
+
+    def starts(self, windows: np.ndarray) -> np.ndarray:
+        """Where in the split's stream of tokens the given windows begin: int64, of the same shape."""
+        part = np.searchsorted(self._first_windows, windows, side="right") - 1
+        return windows * self.seq_len + self._offsets[part]
 
     def load(self, windows: np.ndarray) -> Batch:
         """The batch of the given windows, int64 [micro_batch_size]."""
         T = self.seq_len
-        tokens = np.stack([self.shards.read(int(window) * T, T + 1) for window in windows])
+        starts = self.starts(windows).tolist()
+        tokens = np.empty((len(starts), T + 1), dtype=np.int64)
+        for row, start in enumerate(starts):
+            self.shards.read_into(start, tokens[row])
         inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
         ids = torch.from_numpy(windows)
         if not self._num_boundaries:
@@ -89,15 +115,19 @@ class Loader:
         total = len(windows) * T
         boundaries = np.full(self._num_boundaries, total, dtype=np.int32)
         used = 0
-        for row, window in enumerate(windows):
-            starts = self.shards.document_starts(int(window) * T, T + 1)
-            labels[row, starts[starts > 0] - 1] = IGNORED
-            inside = starts[(starts > 0) & (starts < T)]
+        for row, start in enumerate(starts):
+            begins = self.shards.document_starts(start, T + 1)
+            labels[row, begins[begins > 0] - 1] = IGNORED
+            inside = begins[(begins > 0) & (begins < T)]
             boundaries[used] = row * T
             boundaries[used + 1 : used + 1 + len(inside)] = row * T + inside
             used += 1 + len(inside)
         packed_inputs, packed_labels = torch.from_numpy(inputs.reshape(1, -1)), torch.from_numpy(labels.reshape(1, -1))
         return Batch(packed_inputs, packed_labels, torch.from_numpy(boundaries), ids)
+
+    def _load_step(self, step: int, rank: int, world_size: int) -> list[Batch]:
+        windows = self.windows(step, rank, world_size)
+        return [self.load(part) for part in np.split(windows, len(windows) // self.micro_batch_size)]
 
 
 def sequential_windows(shards: TokenShards, seq_len: int, micro_batch_size: int) -> Iterator[Batch]:

@@ -1,264 +1,313 @@
-"""Documents to a published folder of token shards, and the choice of which documents are held out."""
+"""Sources of text to a published folder of token shards: tasks run by datatrove, then one assembly of what they made.
 
-import hashlib
+Everything unfinished lies in OUT.work: the plan, and a folder for each task that is done, published by rename. So a call that
+was killed anywhere goes on from there, and ends in the same bytes; `assemble` decides what of the tasks is taken.
+"""
+
+import dataclasses
+import importlib.metadata
+import json
 import logging
+import os
 import platform
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+import shutil
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import tokenizers
 
 import gdn
-from gdn.data.readers import Document, ReadStats, is_row_file
+from gdn.data.assemble import assemble, missing_tasks, read_task, select, task_folder, task_tokens
+from gdn.data.executors import run_tasks
+from gdn.data.readers import find_text_column, is_held_out, read_piece, text_digest
 from gdn.data.shards import (
     DTYPES,
     FORMAT_VERSION,
     HELDOUT,
+    MANIFEST,
     TOKENIZER,
     TRAIN,
     Manifest,
-    ShardFile,
+    SourceRecord,
     dtype_for,
+    read_manifest,
     write_manifest,
 )
+from gdn.data.sources import TASK_BYTES, Source, Stream, find_files, group, write_streams
 from gdn.data.tokenizer import Tokenizer
 from gdn.errors import DataError
-from gdn.files import publish_folder, sha256_file
+from gdn.files import lock_folder, publish_folder, remove_partials, write_text
 
-logger = logging.getLogger(__name__)
+log = logging.getLogger(__name__)
 
-Progress = Callable[[int, int], None]  # documents and bytes of text so far
-
-_BATCH_DOCUMENTS = 1000
-_BATCH_CHARACTERS = 1 << 21
+Progress = Callable[[int, int, int], None]  # tasks done, tasks in all, tokens so far
+_HOLDOUT = 0.01
 
 
-class Holdout(NamedTuple):
-    """Which groups of documents are held out; `split_of` is a pure function of the document."""
+@dataclass(frozen=True)
+class Options:
+    """What decides the shards, and, from `skip_bad` on, how they are made."""
 
-    by: Literal["folder", "file"]
-    groups: frozenset[str]
-
-    def split_of(self, document: Document) -> str:
-        return HELDOUT if document_group(document, self.by) in self.groups else TRAIN
-
-
-def document_group(document: Document, by: Literal["folder", "file"]) -> str:
-    """The group that is held out or trained on as a whole.
-
-    `folder` is the first two parts of the file's folder ("." at the root), because near-copies live side by side;
-    `file` is the path. A row of a jsonl or parquet file is always its own group, by the hash of its text.
-    """
-    if is_row_file(document.path):
-        return hashlib.sha256(document.text.encode("utf-8")).hexdigest()
-    if by == "file":
-        return document.path
-    return "/".join(document.path.split("/")[:-1][:2]) or "."
+    text_column: str | None = None  # None: found, see `find_text_column`
+    holdout: float | None = None  # share of the documents, by their hash; None: 0.01, or 0 where a source has its own split
+    max_tokens: int | None = None  # of the train split
+    deduplicate: bool = False  # leave out exact copies of an earlier text
+    bos: bool = True  # before each document: the published policy
+    eos: bool = False  # after each document
+    dtype: Literal["auto", "uint16", "uint32"] = "auto"
+    task_bytes: int = TASK_BYTES  # of files, that are one task and one shard
+    record: Mapping[str, Any] = field(default_factory=dict)  # what else the manifest shall say
+    skip_bad: bool = False
+    executor: Literal["local", "slurm", "ray"] = "local"
+    workers: int = 1
+    executor_options: Mapping[str, str] = field(default_factory=dict)  # of datatrove's executor
 
 
-def choose_holdout(documents: Iterable[Document], fraction: float, seed: int) -> Holdout:
-    """Hold out whole groups, in an order drawn from `seed`, up to `fraction` of the bytes of text.
-
-    A group larger than what is left is passed over. Groups are package folders; where these are so few or so large that
-    less than half of what was asked for is reached (a flat folder), files. Raises DataError where nothing fits.
-    """
-    sizes: dict[Literal["folder", "file"], Counter[str]] = {"folder": Counter(), "file": Counter()}
-    for document in documents:
-        num_bytes = len(document.text.encode("utf-8"))
-        for by, counter in sizes.items():
-            counter[document_group(document, by)] += num_bytes
-    limit = int(fraction * sizes["file"].total())
-    best, best_bytes = Holdout("folder", frozenset()), 0
-    for by, counter in sizes.items():
-        groups = _take_groups(counter, limit, seed)
-        taken = sum(counter[group] for group in groups)
-        if taken > best_bytes:
-            best, best_bytes = Holdout(by, groups), taken
-        if 2 * best_bytes >= limit > 0:
-            break
-    if not best.groups:
-        raise DataError(
-            f"no document is small enough to hold out {fraction:.1%} of {sizes['file'].total()} bytes in "
-            f"{len(sizes['file'])} file(s) or row(s); expected more of them, or a larger fraction"
-        )
-    return best
-
-
-def _take_groups(sizes: Mapping[str, int], limit: int, seed: int) -> frozenset[str]:
-    taken, left = [], limit
-    for group in sorted(sizes, key=lambda group: hashlib.sha256(f"{seed}:{group}".encode()).digest()):
-        if sizes[group] <= left:
-            taken.append(group)
-            left -= sizes[group]
-    return frozenset(taken)
-
-
-def cut_document(document: Document, pieces: int) -> list[Document]:
-    """Cut one text at line ends into at most `pieces` + 1 documents, with paths `<path>#<i>`, to hold some out."""
-    result: list[Document] = []
-    size = max(len(document.text) // pieces, 1)
-    start = 0
-    while start < len(document.text):
-        newline = document.text.find("\n", start + size - 1)
-        end = len(document.text) if newline < 0 else newline + 1
-        result.append(document._replace(text=document.text[start:end], path=f"{document.path}#{len(result)}"))
-        start = end
-    return result
+_DECIDING = ("text_column", "holdout", "max_tokens", "deduplicate", "bos", "eos", "dtype", "task_bytes", "record")
 
 
 def prepare(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    out: Path,
-    *,
-    split_of: Callable[[Document], str],
-    splits: Sequence[str] = (TRAIN, HELDOUT),
-    deduplicate: bool = False,
-    bos: bool = True,
-    shard_tokens: int = 100_000_000,
-    sources: Sequence[str] = (),
-    options: Mapping[str, Any] | None = None,
-    stats: ReadStats | None = None,
-    progress: Progress | None = None,
+    sources: Sequence[Source], tokenizer: Tokenizer, out: Path, options: Options, progress: Progress | None = None
 ) -> Manifest:
-    """Tokenise `documents` into the new folder `out`, which appears complete or not at all.
+    """Tokenise `sources` into the new folder `out`, which appears complete or not at all; called again, it goes on.
 
-    Documents keep their order within their split; with `bos` the BOS id goes before each, and no EOS after (the
-    published policy). A shard holds at most `shard_tokens` tokens, or one longer document. `deduplicate` leaves out
-    exact copies of an earlier text. `sources`, `options` (what else the caller chose) and `stats.bad` are recorded.
-    Raises DataError for an `out` that exists or cannot be written, no BOS, or a split that gets no token.
+    Raises DataError for sources, rows, options or an `out` that do not serve, RunError while another process is at it.
     """
-    if bos and tokenizer.bos_id is None:
-        raise DataError("the tokenizer has no BOS; name bos_token in its tokenizer_config.json, or prepare without")
-    if shard_tokens < 1:
-        raise DataError(f"shard_tokens = {shard_tokens}; expected at least 1")
-    dtype = dtype_for(tokenizer.vocab_size)
-    prefix = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
+    _check(sources, options)
+    dtype = _token_type(tokenizer, options)
+    decided = {key: getattr(options, key) for key in _DECIDING} | {"record": dict(options.record)}
+    decided |= {"sources": [dataclasses.asdict(source) for source in sources], "tokenizer": tokenizer.sha256}
+    work = out.with_name(out.name + ".work")
     try:
         if out.exists():
-            raise DataError(f"{out}: exists already; expected a new folder")
-        with publish_folder(out) as folder:
-            writers = {split: _SplitWriter(folder, split, DTYPES[dtype], shard_tokens) for split in splits}
-            with ExitStack() as stack:
-                for writer in writers.values():
-                    stack.callback(writer.close)
-                duplicates = _write(documents, tokenizer, prefix, writers, split_of, deduplicate, progress)
-            manifest = Manifest(
-                format_version=FORMAT_VERSION,
-                dtype=dtype,
-                vocab_size=tokenizer.vocab_size,
-                tokenizer_sha256=tokenizer.sha256,
-                bos_policy="before_each_document" if bos else "none",
-                bos_id=tokenizer.bos_id if bos else None,
-                splits={split: tuple(writer.files) for split, writer in writers.items()},
-                source_tokens={split: dict(sorted(writer.source_tokens.items())) for split, writer in writers.items()},
-                duplicates=duplicates,
-                skipped=stats.bad if stats is not None else 0,
-                options={"deduplicate": deduplicate, "shard_tokens": shard_tokens} | dict(options or {}),
-                sources=tuple(sources),
-                versions=_versions(),
-            )
-            tokenizer.save(folder / TOKENIZER)
-            write_manifest(manifest, folder)
+            return _finished(out, work, decided)
+        with lock_folder(work):
+            try:
+                return _run(sources, tokenizer, out, work, options, decided, dtype, progress)
+            finally:
+                if out.exists() or not any((work / "tasks").glob("*")):
+                    shutil.rmtree(work, ignore_errors=True)
     except OSError as error:
         raise DataError(f"{out}: cannot be written: {error.strerror or error}") from None
+
+
+def training_texts(sources: Sequence[Source], options: Options, max_bytes: int = 256 << 20) -> Iterator[str]:
+    """Texts to train a tokenizer on: about `max_bytes` of each source, from its first file on, none that is held out."""
+    _check(sources, options)
+    for source in sources:
+        found = find_files(source.spec).files
+        own = any(file.split == HELDOUT for file in found)
+        share = options.holdout if options.holdout is not None else (0.0 if own else _HOLDOUT)
+        column, left = options.text_column or find_text_column(found[0]), max_bytes
+        for item in (item for file in found if file.split != HELDOUT for item in read_piece(file, column)):
+            if left <= 0:
+                break
+            if isinstance(item, DataError):
+                if not options.skip_bad:
+                    raise item
+            elif not is_held_out(text_digest(item.text), share):
+                left -= len(item.text)
+                yield item.text
+
+
+def _run(
+    sources: Sequence[Source],
+    tokenizer: Tokenizer,
+    out: Path,
+    work: Path,
+    options: Options,
+    decided: dict[str, Any],
+    dtype: str,
+    progress: Progress | None,
+) -> Manifest:
+    (work / "tasks").mkdir(exist_ok=True)
+    remove_partials(work / "tasks")
+    for path in out.parent.glob(f"{out.name}.partial-*"):
+        shutil.rmtree(path, ignore_errors=True)
+    plan = _plan(sources, options, work, decided)
+    streams, columns = [Stream(**row) for row in plan["streams"]], plan["text_columns"]
+    write_streams(work / "streams.json", streams)
+    tokenizer.save(work / TOKENIZER)
+    targets = [stream.limit for stream in streams]
+    while True:
+        with _watched(streams, work, progress):
+            run_tasks(work, streams, targets, columns, DTYPES[dtype], plan["holdout"], options)
+        kept, lacking = select(streams, work, options.deduplicate)
+        short = [i for i, left in lacking.items() if left and missing_tasks(streams[i], work, None)]
+        if not short:
+            break
+        # Copies were left out: what is lacking is looked for in the tasks after those.
+        targets = [_raised(streams[i], work, lacking[i]) if i in short else target for i, target in enumerate(targets)]
+    with publish_folder(out) as folder:
+        splits, totals = assemble(kept, folder, DTYPES[dtype])
+        if TRAIN not in splits:
+            shutil.rmtree(work / "tasks")  # there is nothing in them to go on with
+            bad = f"; {totals.bad} bad files or rows skipped, the first: {totals.first_bad}" if totals.bad else ""
+            raise DataError(f"{', '.join(source.spec for source in sources)}: empty: no text to train on{bad}")
+        if totals.bad and not options.skip_bad:  # an earlier call skipped it
+            raise DataError(totals.first_bad)
+        manifest = Manifest(
+            format_version=FORMAT_VERSION,
+            dtype=dtype,
+            vocab_size=tokenizer.vocab_size,
+            tokenizer_sha256=tokenizer.sha256,
+            bos_policy="before_each_document" if options.bos else "none",
+            bos_id=tokenizer.bos_id if options.bos else None,
+            eos_policy="after_each_document" if options.eos else "none",
+            eos_id=tokenizer.eos_id if options.eos else None,
+            splits=splits,
+            source_tokens={split: dict(sorted(totals.source_tokens[split].items())) for split in splits},
+            duplicates=totals.duplicates,
+            skipped=totals.bad,
+            skipped_share=totals.bad / max(totals.bad + totals.documents, 1),
+            options=decided | {"text_columns": columns, "holdout_share": plan["holdout"], "first_skipped": totals.first_bad},
+            sources=tuple(
+                SourceRecord(source.name or source.spec, revision, source.weight)
+                for source, revision in zip(sources, plan["revisions"])
+            ),
+            versions=_versions(),
+        )
+        tokenizer.save(folder / TOKENIZER)
+        write_manifest(manifest, folder)
     return manifest
 
 
-def _write(
-    documents: Iterable[Document],
-    tokenizer: Tokenizer,
-    prefix: list[int],
-    writers: Mapping[str, "_SplitWriter"],
-    split_of: Callable[[Document], str],
-    deduplicate: bool,
-    progress: Progress | None,
-) -> int:
-    """Tokenise and write all documents; returns how many were left out as duplicates."""
-    seen: set[bytes] = set()
-    num_documents = num_bytes = duplicates = 0
-    for batch in _batches(documents):
-        if deduplicate:
-            kept = []
-            for document in batch:
-                digest = hashlib.blake2b(document.text.encode("utf-8"), digest_size=16).digest()
-                if digest not in seen:
-                    seen.add(digest)
-                    kept.append(document)
-            duplicates += len(batch) - len(kept)
-            batch = kept
-        for document, ids in zip(batch, tokenizer.encode_batch([document.text for document in batch])):
-            size = len(document.text.encode("utf-8"))
-            writers[split_of(document)].add(prefix + ids, size, document.source)
-            num_documents += 1
-            num_bytes += size
-        if progress is not None:
-            progress(num_documents, num_bytes)
-    for split, writer in writers.items():
-        if not writer.source_tokens:
-            raise DataError(f"split {split!r} got no document; expected at least one")
-    logger.info("%d documents, %d bytes, %d duplicates left out", num_documents, num_bytes, duplicates)
-    return duplicates
+def _check(sources: Sequence[Source], options: Options) -> None:
+    weights = [source.weight for source in sources]
+    given = [weight for weight in weights if weight is not None]
+    if not sources or len(given) not in (0, len(weights)) or not all(0 < weight < float("inf") for weight in given):
+        raise DataError(f"{len(sources)} sources with weights {given}; expected none, or one above 0 for each source")
+    if options.max_tokens is not None and len(sources) > 1 and not given:
+        raise DataError(f"max_tokens of {len(sources)} sources; expected weights, which say how many from each")
+    if options.holdout is not None and not 0 <= options.holdout < 1:
+        raise DataError(f"holdout = {options.holdout}; expected a share of at least 0 and less than 1")
+    for name in ("max_tokens", "task_bytes", "workers"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise DataError(f"{name} = {value}; expected at least 1")
+
+
+def _token_type(tokenizer: Tokenizer, options: Options) -> str:
+    """Its name; DataError where the tokenizer lacks what the options ask for."""
+    for wanted, special, key in ((options.bos, tokenizer.bos_id, "bos"), (options.eos, tokenizer.eos_id, "eos")):
+        if wanted and special is None:
+            raise DataError(
+                f"the tokenizer has no {key.upper()}; name {key}_token in its tokenizer_config.json, or prepare without"
+            )
+    dtype = dtype_for(tokenizer.vocab_size) if options.dtype == "auto" else options.dtype
+    if tokenizer.vocab_size > np.iinfo(DTYPES[dtype]).max + 1:
+        raise DataError(f"the tokenizer's vocabulary of {tokenizer.vocab_size} does not fit {dtype}; expected uint32")
+    return dtype
+
+
+def _plan(sources: Sequence[Source], options: Options, work: Path, decided: dict[str, Any]) -> dict[str, Any]:
+    """The tasks, as first planned: a Hub dataset stays at its commit, and files must still be those."""
+    path = work / "plan.json"
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    if before is not None:
+        _same_options(work, before["decided"], decided)
+    revisions, streams, columns, first = [], [], [], 0
+    layouts = []
+    for i, source in enumerate(sources):
+        found = find_files(source.spec, revision=before["revisions"][i] if before is not None else "")
+        revisions.append(found.revision)
+        columns.append(options.text_column or find_text_column(found.files[0]))
+        layouts.append({split: [file for file in found.files if file.split == split] for split in (None, TRAIN, HELDOUT)})
+    own = any(layout[HELDOUT] for layout in layouts)
+    holdout = options.holdout if options.holdout is not None else (0.0 if own else _HOLDOUT)
+    whole = sum(source.weight or 1.0 for source in sources)
+    # Held-out streams last: of a text in both, it is their copy that is left out.
+    for split in (None, TRAIN, HELDOUT):
+        for i, source in enumerate(sources):
+            if files := layouts[i][split]:
+                limit = options.max_tokens
+                if limit is not None:
+                    limit = max(round(limit * (source.weight or 1.0) / whole), 1)
+                    limit = limit if split != HELDOUT else max(round(limit * (holdout or _HOLDOUT)), 1)
+                tasks = group(files, options.task_bytes)
+                streams.append(Stream(i, split, limit, first, tasks))
+                first += len(tasks)
+    plan = {
+        "decided": decided,
+        "revisions": revisions,
+        "text_columns": columns,
+        "holdout": holdout,
+        "streams": [stream.__dict__ for stream in streams],
+    }
+    text = json.dumps(plan)
+    if before is not None and json.loads(text) != before:
+        raise DataError(f"{work}: the files of the source have changed since this preparation began; delete that folder")
+    write_text(path, text)
+    return plan
+
+
+def _same_options(where: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    ours = json.loads(json.dumps(ours))
+    for key in ours:
+        if theirs.get(key) != ours[key]:
+            raise DataError(
+                f"{where} is of other options: {key} = {theirs.get(key)!r} there, {ours[key]!r} now; "
+                "choose another --out or delete it"
+            )
+
+
+def _finished(out: Path, work: Path, decided: dict[str, Any]) -> Manifest:
+    """What an earlier call left complete."""
+    if not (out / MANIFEST).exists():
+        raise DataError(f"{out}: exists already; expected a new folder")
+    manifest = read_manifest(out)
+    _same_options(out, manifest.options, decided)
+    shutil.rmtree(work, ignore_errors=True)
+    log.info("%s is complete already", out)
+    return manifest
+
+
+def _raised(stream: Stream, work: Path, lacking: int) -> int:
+    """A target beyond what the tasks done from the first on hold, by what is lacking and some."""
+    tokens = 0
+    for task in range(stream.first_task, stream.first_task + len(stream.tasks)):
+        summary = read_task(task_folder(work, task))
+        if summary is None:
+            break
+        tokens += task_tokens(summary, stream.counted)
+    return tokens + lacking + lacking // 8
+
+
+@contextmanager
+def _watched(streams: Sequence[Stream], work: Path, progress: Progress | None) -> Iterator[None]:
+    """Call `progress` every second of the block, from a thread."""
+    if progress is None:
+        yield
+        return
+    done = threading.Event()
+    total = sum(len(stream.tasks) for stream in streams)
+    seen: dict[str, int] = {}
+
+    def watch() -> None:
+        while not done.wait(1.0):
+            for name in os.listdir(work / "tasks"):
+                if name not in seen and (summary := read_task(work / "tasks" / name)) is not None:
+                    seen[name] = sum(split["tokens"] for split in summary["splits"].values())
+            progress(len(seen), total, sum(seen.values()))
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def _versions() -> dict[str, str]:
-    return {"gdn": gdn.__version__, "tokenizers": tokenizers.__version__, "python": platform.python_version()}
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch: list[Document] = []
-    characters = 0
-    for document in documents:
-        batch.append(document)
-        characters += len(document.text)
-        if len(batch) >= _BATCH_DOCUMENTS or characters >= _BATCH_CHARACTERS:
-            yield batch
-            batch, characters = [], 0
-    if batch:
-        yield batch
-
-
-class _SplitWriter:
-    """Appends documents to the shards of one split; a document lies whole in one shard."""
-
-    def __init__(self, folder: Path, split: str, dtype: np.dtype, shard_tokens: int) -> None:
-        self.files: list[ShardFile] = []
-        self.source_tokens: Counter[str] = Counter()
-        self._folder = folder
-        self._split = split
-        self._dtype = dtype
-        self._shard_tokens = shard_tokens
-        self._streams: tuple[BinaryIO, BinaryIO] | None = None
-        self._tokens = self._documents = self._bytes = 0
-
-    def add(self, ids: list[int], num_bytes: int, source: str) -> None:
-        if not ids:  # two documents may not begin at the same token
-            return
-        if self._tokens and self._tokens + len(ids) > self._shard_tokens:
-            self.close()
-        if self._streams is None:
-            name = f"{self._split}-{len(self.files):05d}"
-            self._streams = ((self._folder / f"{name}.bin").open("wb"), (self._folder / f"{name}.docs").open("wb"))
-        tokens, docs = self._streams
-        tokens.write(np.asarray(ids, dtype=self._dtype).tobytes())
-        docs.write(self._tokens.to_bytes(8, "little"))
-        self.source_tokens[source] += len(ids)
-        self._tokens += len(ids)
-        self._documents += 1
-        self._bytes += num_bytes
-
-    def close(self) -> None:
-        """Finish the open shard, if any, and list it."""
-        if self._streams is None:
-            return
-        streams, self._streams = self._streams, None
-        for stream in streams:
-            stream.close()
-        names = [Path(stream.name) for stream in streams]
-        sums = [sha256_file(name) for name in names]
-        self.files.append(ShardFile(names[0].name, sums[0], sums[1], self._tokens, self._documents, self._bytes))
-        self._tokens = self._documents = self._bytes = 0
+    return {
+        "gdn": gdn.__version__,
+        "tokenizers": tokenizers.__version__,
+        "datatrove": importlib.metadata.version("datatrove"),
+        "python": platform.python_version(),
+    }

@@ -8,18 +8,23 @@ begins). A split is the concatenation of its shards. Which tokens a step sees is
 import dataclasses
 import hashlib
 import json
+import logging
+import mmap
 import re
+import resource
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from gdn.errors import DataError
 from gdn.files import sha256_file, write_text
 
-FORMAT_VERSION = 1
+logger = logging.getLogger(__name__)
+
+FORMAT_VERSION = 2
 MANIFEST = "manifest.json"
 TOKENIZER = "tokenizer"
 TRAIN = "train"
@@ -27,6 +32,9 @@ HELDOUT = "heldout"
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 DOCS_DTYPE = np.dtype("<u8")
 BOS_POLICIES = ("before_each_document", "none")
+EOS_POLICIES = ("after_each_document", "none")
+VERIFIED = ".verified.json"
+_OTHER_FILES = 512  # that a process may have open beside its shards
 
 
 @dataclass(frozen=True)
@@ -39,10 +47,20 @@ class ShardFile:
     tokens: int
     documents: int
     bytes: int  # UTF-8 bytes of the documents' text
+    source: int  # which of the manifest's sources the documents come from
 
     @property
     def docs_name(self) -> str:
         return self.name.removesuffix(".bin") + ".docs"
+
+
+@dataclass(frozen=True)
+class SourceRecord:
+    """Where documents came from."""
+
+    name: str
+    revision: str  # commit of a Hub dataset; "" where the source has none
+    weight: float | None  # part of the mixture that training draws from it; None, and then for all: in proportion to size
 
 
 @dataclass(frozen=True)
@@ -55,12 +73,15 @@ class Manifest:
     tokenizer_sha256: str
     bos_policy: str
     bos_id: int | None
+    eos_policy: str
+    eos_id: int | None
     splits: dict[str, tuple[ShardFile, ...]]
     source_tokens: dict[str, dict[str, int]]  # split -> source label -> tokens
     duplicates: int  # documents left out as exact copies
     skipped: int  # bad files and rows left out on request
+    skipped_share: float  # of all files and rows with text
     options: dict[str, Any]
-    sources: tuple[str, ...]
+    sources: tuple[SourceRecord, ...]
     versions: dict[str, str]
 
     @property
@@ -73,6 +94,9 @@ class Manifest:
             self.tokenizer_sha256,
             self.bos_policy,
             self.bos_id,
+            self.eos_policy,
+            self.eos_id,
+            [source.weight for source in self.sources],
         ]
         files = {split: [dataclasses.astuple(file) for file in files] for split, files in self.splits.items()}
         return hashlib.sha256(json.dumps([content, files], sort_keys=True).encode()).hexdigest()
@@ -121,14 +145,38 @@ def read_manifest(folder: Path) -> Manifest:
                 raise DataError(f"{path}: shard name {file.name!r}; expected {split}-00000.bin, {split}-00001.bin, ...")
             if not file.tokens or not file.documents:
                 raise DataError(f"{path}: {file.name} has {file.tokens} tokens and {file.documents} documents; expected some")
-    if isinstance(data.get("sources"), list):
-        data["sources"] = tuple(data["sources"])
+    sources = _typed(data.get("sources", []), list, path, "sources")
+    data["sources"] = tuple(_build(SourceRecord, row, path, f"sources[{i}].") for i, row in enumerate(sources))
     manifest = _build(Manifest, data, path, "")
     if manifest.dtype not in DTYPES:
         raise DataError(f"{path}: dtype {manifest.dtype!r}; expected one of {', '.join(DTYPES)}")
     if manifest.bos_policy not in BOS_POLICIES:
         raise DataError(f"{path}: bos_policy {manifest.bos_policy!r}; expected one of {', '.join(BOS_POLICIES)}")
+    if manifest.eos_policy not in EOS_POLICIES:
+        raise DataError(f"{path}: eos_policy {manifest.eos_policy!r}; expected one of {', '.join(EOS_POLICIES)}")
+    weights = [source.weight for source in manifest.sources]
+    if any(weight is not None for weight in weights) and not all(weight is not None and weight > 0 for weight in weights):
+        raise DataError(f"{path}: weights {weights}; expected none, or one above 0 for each source")
+    for files in manifest.splits.values():
+        for file, before in zip(files, (files[0], *files)):
+            if not before.source <= file.source < len(manifest.sources):
+                raise DataError(
+                    f"{path}: {file.name} has source {file.source}; expected ascending ones of {len(manifest.sources)}"
+                )
     return manifest
+
+
+class Part(NamedTuple):
+    """A stretch of a split that has an order of its own: the whole split, or the shards of one weighted source."""
+
+    name: str
+    first: int  # where in the split's stream it begins
+    num_tokens: int
+    weight: float
+
+    def num_windows(self, seq_len: int) -> int:
+        """How many windows of seq_len + 1 tokens at a stride of seq_len: each token is a target at most once."""
+        return max(self.num_tokens - 1, 0) // seq_len
 
 
 class TokenShards:
@@ -141,8 +189,9 @@ class TokenShards:
         self.manifest = manifest
         self._files = manifest.splits[split]
         dtype = DTYPES[manifest.dtype]
-        self._tokens = [np.memmap(folder / file.name, dtype=dtype, mode="r") for file in self._files]
-        self._docs = [np.memmap(folder / file.docs_name, dtype=DOCS_DTYPE, mode="r") for file in self._files]
+        _allow_open_files(2 * sum(map(len, manifest.splits.values())))
+        self._tokens = [_map(folder / file.name, dtype, read_ahead=False) for file in self._files]
+        self._docs = [_map(folder / file.docs_name, DOCS_DTYPE, read_ahead=True) for file in self._files]
         self._starts = np.concatenate([[0], np.cumsum([file.tokens for file in self._files])]).astype(np.int64)
 
     @classmethod
@@ -161,18 +210,32 @@ class TokenShards:
     def num_tokens(self) -> int:
         return int(self._starts[-1])
 
-    def num_windows(self, seq_len: int) -> int:
-        """How many windows of seq_len + 1 tokens at a stride of seq_len: each token is a target at most once."""
-        return max(self.num_tokens - 1, 0) // seq_len
+    @property
+    def parts(self) -> list[Part]:
+        """The stretches that training orders apart: one, unless the sources have weights."""
+        weights = [source.weight for source in self.manifest.sources]
+        if None in weights or not weights:
+            return [Part(self.split, 0, self.num_tokens, 1.0)]
+        parts: list[Part] = []
+        for i, source in enumerate(self.manifest.sources):
+            tokens = sum(file.tokens for file in self._files if file.source == i)
+            first = parts[-1].first + parts[-1].num_tokens if parts else 0
+            parts.append(Part(source.name, first, tokens, source.weight or 0.0))
+        return parts
 
     def read(self, start: int, count: int) -> np.ndarray:
         """Tokens start .. start + count - 1 of the stream, across shards: int64 [count]; IndexError outside it."""
+        result = np.empty(max(count, 0), dtype=np.int64)
         self._check_range(start, count)
-        result = np.empty(count, dtype=np.int64)
-        for shard, first, last in self._overlaps(start, count):
+        self.read_into(start, result)
+        return result
+
+    def read_into(self, start: int, result: np.ndarray) -> None:
+        """Fill `result`, [count] of any integer type, with the tokens from `start` on; IndexError outside the stream."""
+        self._check_range(start, len(result))
+        for shard, first, last in self._overlaps(start, len(result)):
             base = int(self._starts[shard])
             result[first - start : last - start] = self._tokens[shard][first - base : last - base]
-        return result
 
     def document_starts(self, start: int, count: int) -> np.ndarray:
         """Where in start .. start + count - 1 documents begin, relative to `start`, ascending: int64 [any]."""
@@ -185,24 +248,39 @@ class TokenShards:
             found.append(self._docs[shard][low:high].astype(np.int64) + (base - start))
         return np.concatenate(found)
 
-    def max_documents_per_window(self, seq_len: int) -> int:
-        """The most documents that begin inside one aligned stretch of seq_len tokens; reads the .docs files once."""
+    def max_documents(self, start: int, seq_len: int) -> int:
+        """The most documents that begin inside one stretch of seq_len tokens, of those laid end to end from `start` on.
+
+        Reads all .docs files once.
+        """
         most, last_window, last_count = 0, -1, 0
         for docs, base in zip(self._docs, self._starts):
-            windows, counts = np.unique((docs.astype(np.int64) + base) // seq_len, return_counts=True)
+            windows = (docs.astype(np.int64) + (int(base) - start)) // seq_len  # ascending
+            ends = np.flatnonzero(np.diff(windows, append=windows[-1] + 1)) + 1
+            counts = np.diff(ends, prepend=0)
             if windows[0] == last_window:  # the stretch began in the shard before
                 counts[0] += last_count
             last_window, last_count = int(windows[-1]), int(counts[-1])
             most = max(most, int(counts.max()))
         return most
 
-    def verify(self, progress: Callable[[str], None] | None = None) -> None:
-        """Check every checksum, calling `progress` with each file's name; DataError naming file, got and expected."""
+    def verify(self, progress: Callable[[str], None] | None = None, again: bool = False) -> None:
+        """Check every checksum, calling `progress` with each file's name; DataError naming file, got and expected.
+
+        A file whose sum was right before, and whose size and times of change are still those, is read only if `again`:
+        a run that goes on must not wait for the sums of all its data.
+        """
+        seen = {} if again else _read_verified(self.folder)
         for file in self._files:
             for name, expected in ((file.name, file.sha256), (file.docs_name, file.docs_sha256)):
+                stamp = _stamp(self.folder / name, expected)
+                if seen.get(name) == stamp:
+                    continue
                 if progress is not None:
                     progress(name)
                 _check_sha256(self.folder / name, expected)
+                seen[name] = stamp
+        _write_verified(self.folder, _read_verified(self.folder) | seen)
 
     def _check_range(self, start: int, count: int) -> None:
         if start < 0 or count < 0 or start + count > self.num_tokens:
@@ -223,9 +301,49 @@ def verify_shards(folder: Path, progress: Callable[[str], None] | None = None) -
     """Check sizes and checksums of all splits and of the tokenizer; DataError naming file, expected and got."""
     manifest = read_manifest(folder)
     for split in manifest.splits:
-        TokenShards.open(folder, split).verify(progress)
+        TokenShards.open(folder, split).verify(progress, again=True)
     _check_sha256(folder / TOKENIZER / "tokenizer.json", manifest.tokenizer_sha256)
     return manifest
+
+
+def _allow_open_files(count: int) -> None:
+    """Let this process hold `count` files beside others: a mapped one stays open. DataError where the system does not."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        if hard != resource.RLIM_INFINITY and hard < wanted:
+            raise DataError(f"{count} files of shards, and a process may open {hard} here; expected ulimit -n {wanted}")
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def _map(path: Path, dtype: "np.dtype[Any]", read_ahead: bool) -> np.ndarray:
+    """The file as an array that cannot be written; a plain one, for slicing a memmap takes ten times as long."""
+    with path.open("rb") as stream:
+        mapped = mmap.mmap(stream.fileno(), 0, access=mmap.ACCESS_READ)
+    if not read_ahead and hasattr(mmap, "MADV_RANDOM"):  # else the system reads 128 KB for each window of 4
+        mapped.madvise(mmap.MADV_RANDOM)
+    return np.frombuffer(mapped, dtype=dtype)
+
+
+def _stamp(path: Path, sha256: str) -> list[Any]:
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns, sha256]
+
+
+def _read_verified(folder: Path) -> dict[str, list[Any]]:
+    try:
+        seen = json.loads((folder / VERIFIED).read_text(encoding="utf-8"))
+    except (OSError, ValueError):  # a note for speed; without it everything is read
+        return {}
+    return seen if isinstance(seen, dict) else {}
+
+
+def _write_verified(folder: Path, seen: dict[str, list[Any]]) -> None:
+    try:
+        if seen != _read_verified(folder):
+            write_text(folder / VERIFIED, json.dumps(seen))
+    except OSError:
+        logger.debug("%s: cannot be written; checksums will be computed again next time", folder / VERIFIED)
 
 
 def _check_size(path: Path, expected: int) -> None:
@@ -251,7 +369,7 @@ def _typed(value: Any, kind: type, path: Path, key: str) -> Any:
     if kind is int:
         wrong = wrong or isinstance(value, bool) or value < 0
     if wrong:
-        wanted = {int: "a non-negative integer", str: "a string", dict: "an object"}.get(kind, "a list")
+        wanted = {int: "a non-negative integer", float: "a number", str: "a string", dict: "an object"}.get(kind, "a list")
         raise DataError(f"{path}: {key} is {value!r}; expected {wanted}")
     return value
 
@@ -263,9 +381,9 @@ def _build(cls: type, data: Any, path: Path, prefix: str) -> Any:
     for key in fields.keys() ^ data.keys():
         raise DataError(f"{path}: key {prefix + key!r} is {'missing' if key in fields else 'unknown'}")
     for key, hint in fields.items():
-        if hint == int | None:
+        if hint == int | None or hint == float | None:
             if data[key] is not None:
-                _typed(data[key], int, path, prefix + key)
+                _typed(data[key], int if hint == int | None else float, path, prefix + key)
         else:
             kind: Any = getattr(hint, "__origin__", hint)
             _typed(data[key], kind, path, prefix + key)

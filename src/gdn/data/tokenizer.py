@@ -43,6 +43,11 @@ class Tokenizer:
         self.eos_id = _special_id(vocabulary, config, "eos_token")
 
     @property
+    def serialized(self) -> bytes:
+        """tokenizer.json as it was read."""
+        return self._serialized
+
+    @property
     def sha256(self) -> str:
         """Hex SHA-256 of tokenizer.json as `save` writes it."""
         return hashlib.sha256(self._serialized).hexdigest()

@@ -1,0 +1,257 @@
+"""Data: tokenising beside `tokenizers`, the batch of a random step of a 15-billion-token manifest, and memory.
+
+    python benchmarks/data.py tokenize SOURCE TOKENIZER     # both paths in one process, in turn; then `gdn prepare` end to end
+    python benchmarks/data.py batch                         # sparse files of 150 shards in a temporary folder
+    python benchmarks/data.py memory TOKENIZER              # peak of `gdn prepare` with one document of 50 MB among others
+
+Prints JSON; what was measured on which machine stands in docs/log.md and benchmarks/results/data_cpu.json.
+"""
+
+import argparse
+import json
+import multiprocessing
+import os
+import platform
+import random
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tokenizers
+
+SEQ_LEN, BATCH, STEPS = 2048, 256, 28_672
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    commands = parser.add_subparsers(required=True)
+    add = commands.add_parser("tokenize")
+    add.add_argument("source", type=Path)
+    add.add_argument("tokenizer", type=Path)
+    add.add_argument("--documents", type=int, default=600, help="of the comparison in one process")
+    add.set_defaults(run=tokenize)
+    add = commands.add_parser("batch")
+    add.set_defaults(run=batch)
+    add = commands.add_parser("memory")
+    add.add_argument("tokenizer", type=Path)
+    add.set_defaults(run=memory)
+    args = parser.parse_args()
+    machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
+    machine |= {"tokenizers": tokenizers.__version__, "date": time.strftime("%Y-%m-%d")}
+    print(json.dumps({"command": sys.argv[1], "machine": machine} | args.run(args), indent=1))
+
+
+def tokenize(args: argparse.Namespace) -> dict[str, Any]:
+    """Tokens a second of `encode_batch` in batches of 100 and 1,000, of our encoder on two threads' cores, and end to end."""
+    from gdn.data.readers import read_documents
+    from gdn.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(args.tokenizer)
+    documents = read_documents(str(args.source))
+    texts = [document.text for _, document in zip(range(args.documents), documents)]
+    inner = tokenizers.Tokenizer.from_str(tokenizer.serialized.decode())
+    inner.encode_special_tokens = True
+
+    def plain(size: int) -> list[list[int]]:
+        batches = (texts[i : i + size] for i in range(0, len(texts), size))
+        return [encoding.ids for batch in batches for encoding in inner.encode_batch(batch, add_special_tokens=False)]
+
+    with multiprocessing.get_context("spawn").Pool(2, _start, (str(args.tokenizer),)) as pool:
+        pool.map(_encode, [["warm up " * 100]] * 2)
+
+        def ours() -> list[list[int]]:
+            # What two workers of `gdn prepare` do: each takes half of the documents, and nothing is known to either before.
+            pool.map(_forget, range(2), chunksize=1)
+            parts = [texts[i : i + 50] for i in range(0, len(texts), 50)]
+            return [np.frombuffer(ids, "<u2").tolist() for part in pool.map(_encode, parts, chunksize=1) for ids in part]
+
+        wanted = plain(100)
+        assert ours() == wanted, "ids differ"
+        tokens = sum(map(len, wanted))
+        rounds: dict[str, list[float]] = {"encode_batch 100": [], "encode_batch 1000": [], "gdn": []}
+        for _ in range(3):
+            for name, call in (
+                ("encode_batch 100", lambda: plain(100)),
+                ("encode_batch 1000", lambda: plain(1000)),
+                ("gdn", ours),
+            ):
+                rounds[name].append(tokens / _seconds(call))
+    speeds = {name: statistics.median(values) for name, values in rounds.items()}
+    best = max(speeds["encode_batch 100"], speeds["encode_batch 1000"])
+    return {
+        "documents": len(texts),
+        "tokens": tokens,
+        "tokens_per_second": speeds,
+        "ratio": speeds["gdn"] / best,
+        "end_to_end": _end_to_end(args, best),
+    }
+
+
+def _end_to_end(args: argparse.Namespace, best: float) -> dict[str, Any]:
+    """`gdn prepare` with two workers over the whole source: decompression, writing and checksums, from first to last task."""
+    from gdn.data.prepare import Options, prepare
+    from gdn.data.sources import Source
+    from gdn.data.tokenizer import load_tokenizer
+
+    states: list[tuple[float, int]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        began = time.monotonic()
+        watch = lambda done, total, tokens: states.append((time.monotonic(), tokens))  # noqa: E731
+        manifest = prepare(
+            [Source(str(args.source))], load_tokenizer(args.tokenizer), Path(folder) / "out", Options(workers=2), watch
+        )
+        seconds = time.monotonic() - began
+    tokens = sum(manifest.num_tokens(split) for split in manifest.splits)
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "ratio": tokens / seconds / best}
+
+
+def batch(args: argparse.Namespace) -> dict[str, Any]:
+    """Milliseconds of random steps, seconds to the first batch of a fresh loader, and memory that is not the files'."""
+    from gdn.data.loader import Loader
+    from gdn.data.shards import TokenShards
+
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        _write_sparse(folder)
+        rng = random.Random(0)
+        results: dict[str, Any] = {}
+        for reset in (False, True):
+            before = _anonymous_mb()
+            began = time.perf_counter()
+            loader = Loader(TokenShards.open(folder, "train"), SEQ_LEN, 16, BATCH, 42, reset)
+            next(loader.micro_batches(rng.randrange(STEPS)))
+            first = time.perf_counter() - began
+            steps = [rng.randrange(STEPS) for _ in range(200)]
+            calls: dict[str, Callable[[int], object]] = {
+                "order.batch, 256 windows, ms": lambda step, loader=loader: loader.order.batch(step, BATCH),
+                "micro batch of 16 windows read, ms": lambda step, loader=loader: loader.load(loader.windows(step)[:16]),
+            }
+            row: dict[str, Any] = {"first batch of a fresh loader, s": first}
+            for name, call in calls.items():
+                times = []
+                for step in steps:
+                    call(step)  # warm: its pages are mapped
+                    times.append(_seconds(lambda call=call, step=step: call(step)) * 1e3)
+                row[name] = {"median": statistics.median(times), "max": max(times)}
+            row["memory beside the mapped files, MB"] = _anonymous_mb() - before
+            results["reset_at_documents" if reset else "plain"] = row
+        return results
+
+
+def memory(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak of all processes together, sampled, while two workers prepare 200 MB with one document of 50 MB."""
+    rng = random.Random(0)
+    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randrange(1, 12))) for _ in range(50_000)]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number in range(8):
+            with (folder / f"{number}.jsonl").open("w") as stream:
+                size = 50_000_000 if number == 3 else 20_000
+                for _ in range(1 if number == 3 else 1000):
+                    stream.write(json.dumps({"text": " ".join(rng.choices(words, k=size // 7))}) + "\n")
+        command = [sys.executable, "-m", "gdn", "prepare", str(folder), "--tokenizer", str(args.tokenizer), "--workers", "2"]
+        process = subprocess.Popen([*command, "--out", str(folder / "out")], start_new_session=True, stdout=subprocess.DEVNULL)
+        peaks = [0, 0]
+
+        def sample() -> None:
+            while process.poll() is None:
+                sizes = [_proportional_mb(pid) for pid in _session(process.pid)]
+                peaks[0], peaks[1] = max(peaks[0], int(sum(sizes))), max(peaks[1], int(max(sizes, default=0)))
+                time.sleep(0.05)
+
+        thread = threading.Thread(target=sample)
+        thread.start()
+        process.wait()
+        thread.join()
+    return {"exit code": process.returncode, "peak of all processes, MB": peaks[0], "peak of one process, MB": peaks[1]}
+
+
+def _write_sparse(folder: Path) -> None:
+    from gdn.data.shards import FORMAT_VERSION, Manifest, ShardFile, SourceRecord, write_manifest
+
+    tokens, shards = 15_032_385_537, 150
+    files = []
+    for i in range(shards):
+        size = tokens * (i + 1) // shards - tokens * i // shards
+        with (folder / f"train-{i:05d}.bin").open("wb") as stream:
+            stream.truncate(2 * size)
+        starts = np.arange(0, size, 1100, dtype="<u8")
+        starts.tofile(folder / f"train-{i:05d}.docs")
+        files.append(ShardFile(f"train-{i:05d}.bin", "0" * 64, "0" * 64, size, len(starts), 4 * size, 0))
+    source = (SourceRecord("sparse", "", None),)
+    splits, counts = {"train": tuple(files)}, {"train": {"": tokens}}
+    policy = ("before_each_document", 1, "none", None)
+    manifest = Manifest(FORMAT_VERSION, "uint16", 32_000, "0" * 64, *policy, splits, counts, 0, 0, 0.0, {}, source, {})
+    write_manifest(manifest, folder)
+
+
+def _start(tokenizer: str) -> None:
+    from gdn.data.encoding import DocumentEncoder
+    from gdn.data.tokenizer import load_tokenizer
+
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    global _encoder, _loaded
+    _loaded = load_tokenizer(Path(tokenizer))
+    _encoder = DocumentEncoder(_loaded, np.dtype("<u2"))
+
+
+def _encode(texts: list[str]) -> list[bytes]:
+    return _encoder.encode(texts)
+
+
+def _forget(_: int) -> None:
+    from gdn.data.encoding import DocumentEncoder
+
+    global _encoder
+    _encoder = DocumentEncoder(_loaded, np.dtype("<u2"))
+    time.sleep(0.05)  # so that the other worker takes the other call
+
+
+def _seconds(call: Callable[[], object]) -> float:
+    began = time.perf_counter()
+    call()
+    return time.perf_counter() - began
+
+
+def _anonymous_mb() -> float:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("RssAnon:"):
+            return int(line.split()[1]) / 1e3
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e3
+
+
+def _proportional_mb(pid: int) -> float:
+    """A process's share of memory: what several map is divided among them."""
+    try:
+        for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) / 1e3
+    except OSError:
+        pass
+    return 0.0
+
+
+def _session(leader: int) -> Iterator[int]:
+    for entry in os.listdir("/proc"):
+        try:
+            if entry.isdigit() and int(Path(f"/proc/{entry}/stat").read_text().rpartition(")")[2].split()[3]) == leader:
+                yield int(entry)
+        except OSError:
+            continue
+
+
+def _cpu() -> str:
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.processor())
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,165 @@
+"""The fast path gives the ids of `tokenizers`, or is not taken."""
+
+import copy
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gdn.data import encoding
+from gdn.data.encoding import DocumentEncoder, word_cut
+from gdn.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from gdn.errors import DataError
+
+U2 = np.dtype("<u2")
+# Dense in what could go wrong: runs of spaces, the sign that stands for them, white space that regular expressions see
+# differently, newlines, contractions, digits, letters outside the vocabulary, halves of emoji, special tokens as text.
+ALPHABET = " \u2581\n\r\t\x1c\x85\xa0\u3000ab'stLe1.,!<>é漢\U0001f600\ud7ff\u0301"
+TEXTS = st.lists(
+    st.one_of(st.sampled_from(["the ", " and", "<s>", "</s>", "<0x0A>", "don't", "  ", "\n\n"]), st.text(ALPHABET))
+)
+
+
+def sentencepiece(**changes: Any) -> dict[str, Any]:
+    """A small tokenizer of the published one's form: words learnt from a text, bytes for the rest."""
+    symbols = ["\u2581", *"abstheLnd1.,!'"]
+    merges = [
+        ("\u2581", "t"),
+        ("h", "e"),
+        ("\u2581t", "he"),
+        ("\u2581", "a"),
+        ("n", "d"),
+        ("\u2581a", "nd"),
+        ("\u2581", "\u2581"),
+    ]
+    merges += [("\u2581\u2581", "\u2581\u2581"), ("'", "t"), (".", "."), ("..", "."), ("s", "t"), ("a", "b"), ("\u2581a", "b")]
+    entries = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *symbols, *(a + b for a, b in merges)]
+    vocabulary = {entry: i for i, entry in enumerate(dict.fromkeys(entries))}
+    model = {"type": "BPE", "dropout": None, "unk_token": "<unk>", "fuse_unk": True, "byte_fallback": True}
+    model |= {"continuing_subword_prefix": None, "end_of_word_suffix": None, "ignore_merges": False}
+    model |= {"vocab": vocabulary, "merges": [list(merge) for merge in merges]}
+    special = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
+    added = [{"id": i, "content": entries[i]} | special for i in range(3)]
+    definition = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "pre_tokenizer": None}
+    definition |= {
+        "normalizer": copy.deepcopy(encoding._SENTENCEPIECE),
+        "post_processor": None,
+        "decoder": None,
+        "model": model,
+    }
+    return definition | changes
+
+
+def tokenizer(definition: dict[str, Any]) -> Tokenizer:
+    return Tokenizer(json.dumps(definition).encode(), {"bos_token": "<s>"} if definition["added_tokens"] else {})
+
+
+SMALL = tokenizer(sentencepiece())
+BYTE_LEVEL = train_bpe(["the and don't the 1.1 ,,! the\n\n  and\t漢" * 3], 300)
+
+
+def same(tokens: Tokenizer, texts: list[str]) -> None:
+    got = DocumentEncoder(tokens, U2).encode(texts)
+    assert [np.frombuffer(ids, U2).tolist() for ids in got] == [tokens.encode(text) for text in texts]
+
+
+@pytest.mark.parametrize("tokens", [SMALL, BYTE_LEVEL], ids=["sentencepiece", "byte level"])
+@pytest.mark.parametrize("slice_size", [5, 1 << 20])
+def test_ids_are_those_of_the_library(tokens: Tokenizer, slice_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_SLICE", slice_size)
+    assert word_cut(json.loads(tokens.serialized)) is not None
+
+    @settings(max_examples=300, deadline=None)
+    @given(st.lists(TEXTS.map("".join), max_size=4))
+    def check(texts: list[str]) -> None:
+        same(tokens, texts)
+
+    check()
+
+
+def test_a_full_cache_is_emptied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_CACHED_CHARACTERS", 20)
+    encoder = DocumentEncoder(SMALL, U2)
+    for i in range(50):
+        text = f"the {i} and\nthe {i}"
+        assert np.frombuffer(encoder.encode([text])[0], U2).tolist() == SMALL.encode(text)
+        assert sum(map(len, encoder._cache)) < 60
+
+
+def with_merge(left: str, right: str) -> Callable[[dict[str, Any]], None]:
+    def change(definition: dict[str, Any]) -> None:
+        vocabulary = definition["model"]["vocab"]
+        for entry in (left, right, left + right):
+            vocabulary.setdefault(entry, len(vocabulary))
+        definition["model"]["merges"].append([left, right])
+
+    return change
+
+
+def model_with(**changes: Any) -> Callable[[dict[str, Any]], None]:
+    return lambda definition: definition["model"].update(changes)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        with_merge("t", "\u2581"),
+        with_merge(".", "\n"),
+        with_merge("\n", "\n"),
+        with_merge("<0x0A>", "a"),
+        model_with(ignore_merges=True),
+        model_with(dropout=0.1),
+        model_with(byte_fallback=False),
+        lambda d: d["model"]["vocab"].pop("<0x0A>"),
+        lambda d: d["added_tokens"].append(d["added_tokens"][0] | {"id": 300, "content": "ab", "special": False}),
+        lambda d: d["normalizer"]["normalizers"].append({"type": "NFKC"}),
+        lambda d: d.update(normalizer=None),
+        lambda d: d.update(pre_tokenizer={"type": "WhitespaceSplit"}),
+    ],
+)
+def test_what_is_not_proved_takes_the_plain_path(change: Callable[[dict[str, Any]], object]) -> None:
+    definition = sentencepiece()
+    change(definition)
+    assert word_cut(definition) is None
+    if definition["model"]["dropout"]:  # random: no two encodings are equal
+        return
+    same(tokenizer(definition), ["the.\n.\nand t t\n\n the ab\U0001f600\U0001f600 tt 1", "", " "])
+
+
+def test_a_merge_across_words_would_be_seen() -> None:
+    """The check is needed: cutting where a merge crosses gives other ids."""
+    definition = sentencepiece()
+    cut = word_cut(definition)
+    with_merge("t", "\u2581")(definition)
+    crossing = tokenizer(definition)
+    encoder = DocumentEncoder(crossing, U2)
+    encoder._cut = cut
+    encoder._words = DocumentEncoder(SMALL, U2)._words
+    text = "at 1 at 1"
+    assert np.frombuffer(encoder.encode([text])[0], U2).tolist() != crossing.encode(text)
+
+
+def test_byte_level_of_another_pattern_takes_the_plain_path() -> None:
+    for key, value in (("use_regex", False), ("add_prefix_space", True)):
+        definition = json.loads(BYTE_LEVEL.serialized)
+        definition["pre_tokenizer"][key] = value
+        assert word_cut(definition) is None
+
+
+def test_a_word_without_end_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_LONGEST_WORD", 100)
+    with pytest.raises(DataError, match="101 characters without a space or newline; expected fewer than 100"):
+        DocumentEncoder(SMALL, U2).encode(["a " + "b" * 100])
+
+
+def test_the_published_vocabulary_takes_the_fast_path(test_data: Callable[[str], Path]) -> None:
+    published = load_tokenizer(test_data("data/tokenizer/mistral-7b-v0.1"))
+    assert word_cut(json.loads(published.serialized)) is not None
+    text = test_data("data/eval/wiki.test.raw").read_text(encoding="utf-8")[:300_000]
+    code = Path(encoding.__file__).read_text(encoding="utf-8")
+    same(published, [text, code, "The capital of France is", "", " ", "\n", "  \u2581 x", "漢字 and 😀😀\n\n\n    x"])
