@@ -10,7 +10,8 @@ from generation_testing import VOCAB, random_ids
 from torch import Tensor
 
 from gdn.generation import cpu_decoder
-from gdn.generation.cpu_decoder import CPUDecoder, join_projections
+from gdn.generation.cpu_decoder import CPUDecoder
+from gdn.generation.weights import join_projections
 from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM, init_weights
 from gdn.model.load import load_model, save_model
@@ -76,8 +77,8 @@ def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
     model, ids = build(), random_ids(40)
     wanted, _ = by_modules(model, ids)
     join_projections(model)
-    layer = cpu_decoder._layer
-    monkeypatch.setattr(cpu_decoder, "_layer", lambda block: layer(block)._replace(rate=layer(block).rate * 1.001))
+    layer = cpu_decoder.layer_weights
+    monkeypatch.setattr(cpu_decoder, "layer_weights", lambda block: layer(block)._replace(rate=layer(block).rate * 1.001))
     assert relative(by_decoder(model, ids)[0], wanted) > 1e-5
 
 

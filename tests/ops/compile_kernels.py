@@ -19,7 +19,7 @@ from triton.compiler import ASTSource, compile, make_backend
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from gdn.ops import triton_backward, triton_configs, triton_forward, triton_gates, triton_segments, triton_step
+from gdn.ops import triton_backward, triton_configs, triton_forward, triton_gates, triton_rows, triton_segments, triton_step
 from gdn.ops import triton_short_conv as conv
 from gdn.ops import triton_short_conv_backward as conv_backward
 
@@ -135,6 +135,31 @@ def other_kernels(arch: int, K: int) -> Iterator[dict[str, Any]]:
         yield compiled(arch, kernel, layer, constants, num_warps=triton_gates.NUM_WARPS)
 
 
+def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
+    """Of the published width; the weight's product behind each of what may come before it, for few rows and for many."""
+    x, f = "*bf16", "*fp32"
+    values = dict.fromkeys(("o", "gate", "norm", "weight", "h"), x) | dict.fromkeys(("parts", "x_out", "noise", "x"), f)
+    values |= dict.fromkeys(("rows", "N", "x_stride", "gate_stride", "out_stride", "columns"), "i32") | {"eps": "fp32"}
+    values |= dict.fromkeys(("seeds", "position"), "*i64")
+    warps = {"num_warps": triton_rows._NUM_WARPS}
+    yield compiled(arch, triton_rows._norm_rows, values, {"K": 1024, "WIDTH": 1024, "PARTS": 4}, **warps)
+    yield compiled(arch, triton_rows._gated_norm_rows, values, {"HV": 4, "V": 256}, **warps)
+    yield compiled(arch, triton_rows._noise, values, {}, **warps)
+    for before, K, parts, blocks in (
+        ("norm", 1024, 1, (16,)),
+        ("gated_norm", 1024, 4, (16,)),
+        ("swiglu", 2816, 4, (16, 128)),
+        ("nothing", 1024, 1, (16, 128)),
+    ):
+        for block in blocks:
+            own = values | {"x": f if before == "norm" else x, "out": x if parts == 1 else f}
+            unused = {"norm": {"gate"}, "gated_norm": {"parts", "x_out"}}.get(before, {"gate", "parts", "x_out", "norm"})
+            sizes = {"K": K, "SEGMENT": K // parts, "PARTS": 4 if before == "norm" else 0, "BEFORE": before}
+            sizes |= {"WIDTH": 1 << (K - 1).bit_length(), "ROWS": triton_rows.FUSED_ROWS, "BB": block, "BK": 64}
+            options = warps | {"num_stages": triton_rows.stages(block)}
+            yield compiled(arch, triton_rows._rows_linear, own, sizes | dict.fromkeys(unused), **options)
+
+
 def hopper_kernels(K: int) -> Iterator[dict[str, Any]]:
     from gdn.ops import triton_hopper_gradients, triton_hopper_states
 
@@ -168,6 +193,8 @@ def main() -> None:
             continue  # compiling the others for it takes a minute
         take(K, torch.bfloat16, rule_kernels(arch, K, torch.bfloat16))
         take(K, torch.bfloat16, other_kernels(arch, K))
+        if K == 256:
+            take(K, torch.bfloat16, decoding_kernels(arch))
         if every and (K < 256 or SHARED[arch] >= triton_configs.WIDE_KIB):
             take(K, torch.float32, rule_kernels(arch, K, torch.float32))
     sys.stdout.write(json.dumps(found) + "\n")

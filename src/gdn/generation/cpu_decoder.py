@@ -4,33 +4,14 @@ The projections that read one input are joined (their parameters become views), 
 at once, and vectors between the products are float32 whatever the weights are. The same function as the modules, to rounding.
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
+from gdn.generation.weights import LayerWeights, is_joined, layer_weights
 from gdn.model.config import ModelConfig
-from gdn.model.layers import Linear
-from gdn.model.lm import Block, GatedDeltaNetLM
-from gdn.model.mixer import GatedDeltaNet
+from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
-
-
-def join_projections(model: GatedDeltaNetLM) -> None:
-    """Lay the weights that read one input side by side, in place: q, k, v, a, b and the gate; the FFN's gate and up.
-
-    Each parameter becomes a view of its part: names, values and memory stay; training must not go on from here.
-    """
-    with torch.no_grad():
-        for layer in model.model.layers:
-            assert isinstance(layer, Block)
-            for linears in (_inputs(layer.attn), [layer.mlp.gate_proj, layer.mlp.up_proj]):
-                if _joined(linears) is None:
-                    joined = torch.cat([linear.weight for linear in linears])
-                    for linear, part in zip(linears, joined.split([len(linear.weight) for linear in linears])):
-                        linear.weight = nn.Parameter(part, requires_grad=False)
 
 
 class CPUDecoder:
@@ -42,16 +23,15 @@ class CPUDecoder:
         self._embeddings, self._head = model.model.embeddings.weight, model.lm_head.weight
         self._norm = model.model.norm.weight.float()
         self._config, self._eps = model.config, model.config.norm_eps
-        self._layers = [_layer(layer) for layer in model.model.layers]  # type: ignore[arg-type]
+        self._layers = [layer_weights(layer) for layer in model.model.layers]  # type: ignore[arg-type]
         self._room = _Room(model.config, self._head.dtype)
 
     @staticmethod
     def serves(model: GatedDeltaNetLM) -> bool:
         """Whether the model lies on a CPU, computes in its weights' dtype or wider, and has its projections joined."""
-        weight, first = model.model.embeddings.weight, model.model.layers[0]
-        assert isinstance(first, Block)
+        weight = model.model.embeddings.weight
         plain = weight.device.type == "cpu" and model.compute_dtype in (None, weight.dtype, torch.float32)
-        return plain and weight.dtype in (torch.float32, torch.bfloat16) and _joined(_inputs(first.attn)) is not None
+        return plain and weight.dtype in (torch.float32, torch.bfloat16) and is_joined(model)
 
     def step(self, token: int, state: DecodeState) -> Tensor:
         """Logits [vocab] after one more token of the one row in `state`, which is updated in place."""
@@ -77,7 +57,7 @@ class CPUDecoder:
         torch.mul(room.x, weight, out=room.h.wide).mul_(scale)
         return room.h.to_narrow()
 
-    def _mix(self, layer: "_Layer", S: Tensor, window: Tensor) -> None:
+    def _mix(self, layer: LayerWeights, S: Tensor, window: Tensor) -> None:
         """From the projections to o: convolution, norms, gates, rule, output norm and gate; S and window are updated."""
         room, config = self._room, self._config
         room.projected.to_wide()
@@ -142,62 +122,3 @@ class _Room:
         self.o, self.out = _Vector(values, dtype), _Vector(config.hidden_size, dtype)
         self.ffn, self.inner = _Vector(2 * config.ffn_size, dtype), _Vector(config.ffn_size, dtype)
         self.ffn_gate, self.ffn_up = self.ffn.wide.chunk(2)
-
-
-class _Layer(NamedTuple):
-    """Views of one block's weights; norms, convolution and gates in float32."""
-
-    mixer_norm: Tensor
-    projections: Tensor  # [q | k | v | a | b | gate, hidden]
-    conv: Tensor | None  # [W, D]
-    conv_bias: Tensor | None
-    rate: Tensor  # -exp(A_log) [HV]
-    dt_bias: Tensor
-    o_norm: Tensor
-    out: Tensor
-    ffn_norm: Tensor
-    ffn: Tensor  # [gate | up, hidden]
-    down: Tensor
-
-
-def _layer(block: Block) -> _Layer:
-    attn = block.attn
-    projections, ffn = _joined(_inputs(attn)), _joined([block.mlp.gate_proj, block.mlp.up_proj])
-    assert projections is not None and ffn is not None
-    conv, bias = None, None
-    if attn.config.use_short_conv:
-        convolutions = (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d)
-        conv = torch.cat([one.weight.squeeze(1) for one in convolutions]).float().T.contiguous()
-        biases: list[Tensor] = [one.bias for one in convolutions if one.bias is not None]
-        bias = torch.cat(biases).float() if biases else None
-    return _Layer(
-        mixer_norm=block.attn_norm.weight.float(),
-        projections=projections,
-        conv=conv,
-        conv_bias=bias,
-        rate=-attn.A_log.float().exp(),
-        dt_bias=attn.dt_bias.float(),
-        o_norm=attn.o_norm.weight.float(),
-        out=attn.o_proj.weight,
-        ffn_norm=block.mlp_norm.weight.float(),
-        ffn=ffn,
-        down=block.mlp.down_proj.weight,
-    )
-
-
-def _inputs(attn: GatedDeltaNet) -> Sequence[Linear]:
-    """The projections of the layer's input, in the order of the joined rows."""
-    found = [attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj]
-    return [*found, attn.g_proj] if attn.config.use_gate else found
-
-
-def _joined(linears: Sequence[Linear]) -> Tensor | None:
-    """The weights as one matrix without a copy, or None if they do not lie one behind another in one storage."""
-    first = linears[0].weight
-    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
-    for weight in (linear.weight for linear in linears):
-        if weight.untyped_storage().data_ptr() != storage or weight.data_ptr() != end or not weight.is_contiguous():
-            return None
-        end += weight.nbytes
-    rows = sum(len(linear.weight) for linear in linears)
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))

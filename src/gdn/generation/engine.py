@@ -9,8 +9,10 @@ import torch
 from torch import Tensor
 
 from gdn.errors import ConfigError
-from gdn.generation.cpu_decoder import CPUDecoder, join_projections
+from gdn.generation.cpu_decoder import CPUDecoder
+from gdn.generation.gpu_decoder import GPUDecoder, Stream
 from gdn.generation.sampling import Sampling, sample
+from gdn.generation.weights import join_projections
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops.cpu import cpu_has_bf16_dots, cpu_widens_bf16
@@ -61,7 +63,8 @@ def prefill(
     ids = _check_prompt(model, prompt_ids)
     _check_chunk(prefill_chunk)
     _check_state(model, state, 1)
-    return _prefill(_reader(model), ids, state, prefill_chunk)
+    on_gpu = GPUDecoder(model) if GPUDecoder.serves(model) else None
+    return _prefill(reader(model, on_gpu), ids, state, prefill_chunk)
 
 
 def _stream(
@@ -73,9 +76,18 @@ def _stream(
     eos_ids: frozenset[int],
     prefill_chunk: int,
 ) -> Iterator[int]:
-    generator = torch.Generator(ids.device)
-    read = _reader(model)
+    on_gpu = GPUDecoder(model) if GPUDecoder.serves(model) else None
+    read = reader(model, on_gpu)
     logits = _prefill(read, ids, state, prefill_chunk)
+    if on_gpu is not None:
+        stream = Stream(on_gpu, state, sampling)
+        for n in range(max_new_tokens):
+            token = stream.next([0])[0] if n else stream.start(0, logits, sampling.seed)
+            yield token
+            if token in eos_ids:
+                return
+        return
+    generator = torch.Generator(ids.device)
     position = int(state.position[0])
     for n in range(max_new_tokens):
         if n:
@@ -94,7 +106,7 @@ def _seed(seed: int, position: int) -> int:
     return int.from_bytes(digest, "little") >> 1  # within the signed 64 bits that every generator takes
 
 
-def _prefill(read: "_Reader", ids: Tensor, state: DecodeState, prefill_chunk: int) -> Tensor:
+def _prefill(read: "Reader", ids: Tensor, state: DecodeState, prefill_chunk: int) -> Tensor:
     # Cut at multiples of the chunk counted from the first token ever read: the same cuts however often one stopped.
     start, total = int(state.position[0]), ids.shape[1]
     done, logits = 0, ids.new_empty(0)
@@ -105,10 +117,10 @@ def _prefill(read: "_Reader", ids: Tensor, state: DecodeState, prefill_chunk: in
     return logits
 
 
-_Reader = Callable[[Tensor, DecodeState], Tensor]
+Reader = Callable[[Tensor, DecodeState], Tensor]
 
 
-def _reader(model: GatedDeltaNetLM) -> _Reader:
+def reader(model: GatedDeltaNetLM, on_gpu: GPUDecoder | None) -> Reader:
     """What reads ids [1, T] into a state and gives the last one's logits [1, vocab].
 
     A single token goes the same way wherever it comes from, prompt or text: so going on is never having stopped, to the bit.
@@ -118,6 +130,8 @@ def _reader(model: GatedDeltaNetLM) -> _Reader:
     def read(ids: Tensor, state: DecodeState) -> Tensor:
         if steps and ids.shape[1] == 1:
             return decoder(model).step(int(ids), state)[None]
+        if on_gpu is not None and ids.shape[1] == 1:
+            return on_gpu.step(ids[0], state)
         with torch.no_grad():  # not inference_mode: the state must stay usable outside
             logits = model(ids, state=state, last_only=True).logits
         assert logits is not None
@@ -174,17 +188,16 @@ def decode_dtype(device: torch.device | str, stored: torch.dtype) -> tuple[torch
 def for_decoding(model: GatedDeltaNetLM, device: torch.device | str) -> GatedDeltaNetLM:
     """The model, moved to `device` in place in its `decode_dtype`, in evaluation mode, without gradients.
 
-    On a CPU the weights that read one input are laid side by side, for fewer and longer products a token.
+    The weights that read one input are laid side by side, for fewer and longer products a token.
     """
     stored = model.model.embeddings.weight.dtype
     dtype, _ = decode_dtype(device, stored)
     if dtype != stored:  # only ever to float32, which the gate parameters have already
         model.to(dtype)
     model.to(device).eval().requires_grad_(False)
-    if torch.device(device).type == "cpu":
-        join_projections(model)
-        if dtype == torch.bfloat16 and not cpu_has_bf16_dots():
-            model.compute_dtype = torch.float32  # of whole prompts: weights are widened one by one, and nothing else is rounded
+    join_projections(model)
+    if torch.device(device).type == "cpu" and dtype == torch.bfloat16 and not cpu_has_bf16_dots():
+        model.compute_dtype = torch.float32  # of whole prompts: weights are widened one by one, and nothing else is rounded
     return model
 
 

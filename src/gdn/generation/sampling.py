@@ -46,12 +46,24 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     """
     _check(logits)
     if sampling.greedy:
+        return draw(logits, sampling, None)
+    noise = torch.empty_like(logits, dtype=torch.float32).exponential_(generator=generator)
+    return draw(logits, sampling, noise)
+
+
+def draw(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
+    """As `sample`, with exponentially distributed noise [N, vocab] float32 (None if greedy), unchecked and without waiting."""
+    if noise is None:
         return logits.argmax(dim=-1)
     scores = _scores(logits, sampling).masked_fill(~keep(logits, sampling), -torch.inf)
     # The largest of score - log(exponential noise) is an exact draw from softmax(scores): no running sum over the vocabulary
     # that rounds, no synchronisation. The noise is kept off 0, whose logarithm would win for a token of any score.
-    noise = torch.empty_like(scores).exponential_(generator=generator).clamp_(min=torch.finfo(scores.dtype).tiny)
-    return (scores - noise.log()).argmax(dim=-1)
+    return (scores - noise.clamp(min=torch.finfo(noise.dtype).tiny).log()).argmax(dim=-1)
+
+
+def finite(logits: Tensor) -> Tensor:
+    """Whether each row [N] has a next token: its best logit is a finite number."""
+    return logits.amax(dim=-1).isfinite()  # nan wherever the row holds one
 
 
 def keep(logits: Tensor, sampling: Sampling) -> Tensor:
@@ -81,11 +93,10 @@ def _scores(logits: Tensor, sampling: Sampling) -> Tensor:
 def _check(logits: Tensor) -> None:
     if logits.ndim != 2 or 0 in logits.shape:
         raise ValueError(f"logits are {tuple(logits.shape)}; expected [N, vocab] with at least one row and one token")
-    best = logits.amax(dim=-1)  # nan wherever the row holds one
-    bad = (~best.isfinite()).nonzero().flatten().tolist()
+    bad = (~finite(logits)).nonzero().flatten().tolist()
     if bad:
         raise CheckpointError(
-            f"the best logit of row {bad[0]} is {best[bad[0]].item()}; expected a finite number: "
+            f"the best logit of row {bad[0]} is {logits[bad[0]].amax().item()}; expected a finite number: "
             "the model's weights are damaged, or its dtype overflows"
         )
 

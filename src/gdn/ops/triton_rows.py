@@ -75,9 +75,21 @@ def swiglu_linear(gate_up: Tensor, weight: Tensor, parts: Tensor) -> None:
     _launch("swiglu", gate_up, weight, parts, len(parts))
 
 
+def exponential_noise(seeds: Tensor, position: Tensor, columns: int) -> Tensor:
+    """[B, columns] float32, each exponentially distributed, above 0; a function of the row's seed and position, int64 [B]."""
+    noise = torch.empty(len(seeds), columns, device=seeds.device)
+    _noise[(len(seeds), triton.cdiv(columns, 1024))](seeds, position, noise, columns, num_warps=_NUM_WARPS)
+    return noise
+
+
 def segments(F: int) -> int:
     """Parts for a product over F: of 512 to 1,023 where 64 divides them."""
     return max((S for S in range(1, F // 512 + 1) if F % (64 * S) == 0), default=1)
+
+
+def stages(block: int) -> int:
+    """Loop steps in flight, for so many rows of activations: what 99 KB of shared memory hold."""
+    return 4 if block <= 64 else 2
 
 
 def _launch(
@@ -101,7 +113,7 @@ def _launch(
     _rows_linear[(triton.cdiv(N, 64), parts_out, triton.cdiv(B, block))](
         x, parts, gate, norm, weight, out, x_out, B, N, x.stride(0), 0 if gate is None else gate.stride(0), out.stride(-2), eps,
         K=K, SEGMENT=K // parts_out, PARTS=0 if parts is None else len(parts), BEFORE=before, WIDTH=triton.next_power_of_2(K),
-        ROWS=FUSED_ROWS, BB=block, BK=_KEYS, num_warps=_NUM_WARPS, num_stages=4 if block <= 64 else 2,
+        ROWS=FUSED_ROWS, BB=block, BK=_KEYS, num_warps=_NUM_WARPS, num_stages=stages(block),
     )  # fmt: skip
 
 
@@ -142,6 +154,18 @@ def _gated_norm_rows(o, gate, norm, h, gate_stride, eps, HV: tl.constexpr, V: tl
     if gate is not None:
         y *= _silu(tl.load(gate + row * gate_stride + head * V + column).to(tl.float32))
     tl.store(h + place, y.to(h.dtype.element_ty))
+
+
+@triton.jit
+def _noise(seeds, position, noise, columns):
+    row = tl.program_id(0)
+    column = tl.program_id(1) * 1024 + tl.arange(0, 1024)
+    place = tl.load(position + row) * 4294967296 + column  # a token's columns never meet another's
+    uniform = tl.maximum(tl.rand(tl.load(seeds + row), place), 2.0**-32)
+    # -log(1 - u), where u is small by its series: 1 - u would round to 1, and noise of 0 wins whatever the token's score.
+    small = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
+    exponential = tl.where(uniform < 2.0**-8, small, -tl.log(1.0 - uniform))
+    tl.store(noise + row.to(tl.int64) * columns + column, exponential, mask=column < columns)
 
 
 @triton.jit(do_not_specialize=["rows"])

@@ -1,0 +1,92 @@
+"""A model's weights as decoding reads them: those that read one input side by side, as one matrix."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from gdn.model.layers import Linear
+from gdn.model.lm import Block, GatedDeltaNetLM
+from gdn.model.mixer import GatedDeltaNet
+
+
+def join_projections(model: GatedDeltaNetLM) -> None:
+    """Lay the weights that read one input side by side, in place: q, k, v, a, b and the gate; the FFN's gate and up.
+
+    Each parameter becomes a view of its part: names, values and memory stay; training must not go on from here.
+    """
+    with torch.no_grad():
+        for layer in model.model.layers:
+            assert isinstance(layer, Block)
+            for linears in (_inputs(layer.attn), [layer.mlp.gate_proj, layer.mlp.up_proj]):
+                if _joined(linears) is None:
+                    joined = torch.cat([linear.weight for linear in linears])
+                    for linear, part in zip(linears, joined.split([len(linear.weight) for linear in linears])):
+                        linear.weight = nn.Parameter(part, requires_grad=False)
+
+
+def is_joined(model: GatedDeltaNetLM) -> bool:
+    """Whether `join_projections` was called, and nothing has moved the weights since."""
+    first = model.model.layers[0]
+    assert isinstance(first, Block)
+    return _joined(_inputs(first.attn)) is not None
+
+
+class LayerWeights(NamedTuple):
+    """Views of one block's weights, its projections joined; norms, convolution and gates in float32."""
+
+    mixer_norm: Tensor
+    projections: Tensor  # [q | k | v | a | b | gate, hidden]
+    conv: Tensor | None  # [W, D]
+    conv_bias: Tensor | None
+    rate: Tensor  # -exp(A_log) [HV]
+    dt_bias: Tensor
+    o_norm: Tensor
+    out: Tensor
+    ffn_norm: Tensor
+    ffn: Tensor  # [gate | up, hidden]
+    down: Tensor
+
+
+def layer_weights(block: Block) -> LayerWeights:
+    attn = block.attn
+    projections, ffn = _joined(_inputs(attn)), _joined([block.mlp.gate_proj, block.mlp.up_proj])
+    assert projections is not None and ffn is not None
+    conv, bias = None, None
+    if attn.config.use_short_conv:
+        convolutions = (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d)
+        conv = torch.cat([one.weight.squeeze(1) for one in convolutions]).float().T.contiguous()
+        biases: list[Tensor] = [one.bias for one in convolutions if one.bias is not None]
+        bias = torch.cat(biases).float() if biases else None
+    return LayerWeights(
+        mixer_norm=block.attn_norm.weight.float(),
+        projections=projections,
+        conv=conv,
+        conv_bias=bias,
+        rate=-attn.A_log.float().exp(),
+        dt_bias=attn.dt_bias.float(),
+        o_norm=attn.o_norm.weight.float(),
+        out=attn.o_proj.weight,
+        ffn_norm=block.mlp_norm.weight.float(),
+        ffn=ffn,
+        down=block.mlp.down_proj.weight,
+    )
+
+
+def _inputs(attn: GatedDeltaNet) -> Sequence[Linear]:
+    """The projections of the layer's input, in the order of the joined rows."""
+    found = [attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj]
+    return [*found, attn.g_proj] if attn.config.use_gate else found
+
+
+def _joined(linears: Sequence[Linear]) -> Tensor | None:
+    """The weights as one matrix without a copy, or None if they do not lie one behind another in one storage."""
+    first = linears[0].weight
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for weight in (linear.weight for linear in linears):
+        if weight.untyped_storage().data_ptr() != storage or weight.data_ptr() != end or not weight.is_contiguous():
+            return None
+        end += weight.nbytes
+    rows = sum(len(linear.weight) for linear in linears)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))

@@ -1,0 +1,195 @@
+"""The GPU's steps, in Triton's interpreter or on a GPU, against the modules' own; draws; and on a GPU: graphs and bits."""
+
+import math
+import os
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from gdn.errors import CheckpointError
+from gdn.generation import engine, gpu_decoder
+from gdn.generation.gpu_decoder import GPUDecoder, Stream
+from gdn.generation.sampling import Sampling, finite
+from gdn.generation.weights import join_projections
+from gdn.model.config import ModelConfig
+from gdn.model.lm import GatedDeltaNetLM, init_weights
+from gdn.model.state import DecodeState
+
+triton_rows = pytest.importorskip("gdn.ops.triton_rows", exc_type=ImportError)
+GPU = torch.cuda.is_available()
+if os.environ.get("TRITON_INTERPRET") != "1" and not GPU:
+    pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
+
+DEVICE = "cuda" if GPU else "cpu"
+VOCAB = 64
+SWITCHES: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "no-gate": {"use_gate": False},
+    "bias-negative-eigenvalues": {"conv_bias": True, "allow_neg_eigval": True},
+    "grouped-values": {"num_v_heads": 2},
+    "tied": {"tie_word_embeddings": True, "norm_eps": 1e-3},
+}
+
+
+def build(dtype: torch.dtype = torch.float32, **config: Any) -> GatedDeltaNetLM:
+    """A model of sizes that the kernels take, with no weight at its neutral value."""
+    sizes = {"vocab_size": VOCAB, "hidden_size": 64, "num_hidden_layers": 1, "num_heads": 1, "head_dim": 64, "expand_v": 1.0}
+    model = GatedDeltaNetLM(ModelConfig(**sizes | config)).eval().requires_grad_(False)
+    init_weights(model, "mamba", 1)
+    generator = torch.Generator().manual_seed(2)
+    for parameter in model.parameters():
+        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    model.to(DEVICE, dtype)
+    join_projections(model)
+    return model
+
+
+def relative(got: Tensor, wanted: Tensor) -> float:
+    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
+
+
+def read_state(model: GatedDeltaNetLM, rows: int, length: int = 5) -> DecodeState:
+    state = model.new_state(rows)
+    ids = torch.randint(VOCAB, (rows, length), generator=torch.Generator().manual_seed(rows)).to(DEVICE)
+    with torch.no_grad():
+        model(ids, state=state)
+    return state
+
+
+@pytest.fixture(autouse=True)
+def fewer_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter walks all rows that a program has room to norm, one after another."""
+    if not GPU:
+        monkeypatch.setattr(triton_rows, "FUSED_ROWS", 1)
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_a_step_is_the_modules_step(switches: dict[str, Any]) -> None:
+    rows = 3 if switches == {} else 1
+    model = build(**{"num_hidden_layers": 2} | switches)
+    state = read_state(model, rows)
+    wanted_state = state.fork()
+    ids = torch.arange(rows, device=DEVICE) + 3
+    with torch.no_grad():
+        wanted = model(ids[:, None], state=wanted_state, last_only=True).logits
+    got = GPUDecoder(model).step(ids, state)
+    assert wanted is not None and relative(got, wanted) < 1e-5
+    assert relative(state.recurrent, wanted_state.recurrent) < 1e-5 and relative(state.conv, wanted_state.conv) < 1e-5
+    assert torch.equal(state.position, wanted_state.position)
+
+
+def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The control of the test above: one norm a thousandth off is more than its bound."""
+    model = build()
+    layer = gpu_decoder.layer_weights
+    monkeypatch.setattr(gpu_decoder, "layer_weights", lambda block: layer(block)._replace(o_norm=layer(block).o_norm * 1.001))
+    ids, state = torch.tensor([3], device=DEVICE), model.new_state(1)
+    with torch.no_grad():
+        wanted = model(ids[:, None], state=state.fork(), last_only=True).logits
+    assert wanted is not None and relative(GPUDecoder(model).step(ids, state), wanted) > 1e-5
+
+
+def test_models_that_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpu_decoder, "choose_backend", lambda *_: "triton")
+    assert GPUDecoder.serves(build())
+    assert not GPUDecoder.serves(build(use_short_conv=False)) and not GPUDecoder.serves(build(hidden_size=96))
+    monkeypatch.setattr(gpu_decoder, "choose_backend", lambda *_: "torch")
+    assert not GPUDecoder.serves(build())
+
+
+class Eager:
+    """In a graph's place where there is none."""
+
+    def __init__(self, stream: Stream) -> None:
+        self.replay = stream._step
+
+
+@pytest.fixture
+def streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The engine takes the GPU's way here too, and streams replay by running."""
+    if not GPU:
+        monkeypatch.setattr(gpu_decoder, "choose_backend", lambda *_: "triton")
+        monkeypatch.setattr(Stream, "_capture", lambda self: setattr(self, "_graph", Eager(self)))
+
+
+@pytest.mark.usefixtures("streams")
+@pytest.mark.parametrize("sampling", [Sampling(temperature=0), Sampling(seed=-3), Sampling(0.8, 20, 0.9, 5)], ids=str)
+def test_going_on_is_never_having_stopped(sampling: Sampling) -> None:
+    model, prompt = build(), [1, 5, 9, 2, 60]
+    whole = list(engine.generate(model, prompt, max_new_tokens=6, sampling=sampling))
+    state = model.new_state(1)
+    first = list(engine.generate(model, prompt, max_new_tokens=3, sampling=sampling, state=state))
+    assert int(state.position) == 5 + 2
+    rest = list(engine.generate(model, first[-1:], max_new_tokens=3, sampling=sampling, state=state))
+    assert first + rest == whole and len(set(whole)) > 1
+    ended = list(engine.generate(model, prompt, max_new_tokens=6, sampling=sampling, eos_ids=[whole[1]]))
+    assert ended == whole[: whole.index(whole[1]) + 1]
+
+
+@pytest.mark.usefixtures("streams")
+def test_weights_that_are_damaged_are_told() -> None:
+    model = build()
+    model.model.layers[0].mlp.down_proj.weight[3, 3] = torch.nan
+    with pytest.raises(CheckpointError, match="row 0: the best logit is not finite"):
+        list(engine.generate(model, [1, 2], max_new_tokens=2, sampling=Sampling(temperature=0)))
+    assert finite(torch.tensor([[1.0, -torch.inf], [torch.nan, 1.0], [-torch.inf, -torch.inf]])).tolist() == [
+        True,
+        False,
+        False,
+    ]
+
+
+def test_the_noise_is_exponential_and_hangs_on_seed_and_position_alone() -> None:
+    n = 30_000
+    seeds, position = torch.tensor([7, 7, 8], device=DEVICE), torch.tensor([4, 5, 4], device=DEVICE)
+    noise = triton_rows.exponential_noise(seeds, position, n)
+    assert (noise > 0).all() and len({tuple(row[:3].tolist()) for row in noise}) == 3
+    for least in (0.01, 0.5, 1.0, 3.0, 6.0):  # within five standard deviations
+        share, wanted = (noise > least).double().mean().item(), math.exp(-least)
+        assert abs(share - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / (3 * n)), least
+    again = triton_rows.exponential_noise(seeds[1:2], position[1:2], 2000)  # another width, another row
+    assert torch.equal(again[0], noise[1, :2000])
+
+
+# --- on a GPU only --------------------------------------------------------------------------------------------------------
+
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
+
+
+def published(dtype: torch.dtype = torch.bfloat16) -> GatedDeltaNetLM:
+    """The published width, three layers."""
+    sizes = {"hidden_size": 1024, "num_heads": 4, "head_dim": 256, "num_hidden_layers": 3, "vocab_size": 32000}
+    return build(dtype, **sizes)
+
+
+@pytest.mark.parametrize("rows", [2, 4, 5, 16, 17, 64, 65, 128, 256])
+def test_a_row_has_the_same_bits_at_any_batch(rows: int) -> None:
+    model = published()
+    decoder, state = GPUDecoder(model), model.new_state(rows)
+    ids = torch.arange(rows, device=DEVICE) * 17 % 32000
+    steps = [decoder.step(ids + n, state) for n in range(3)]
+    for row in (0, rows // 2, rows - 1):
+        own = model.new_state(1)
+        for n, logits in enumerate(steps):
+            assert torch.equal(decoder.step(ids[row : row + 1] + n, own)[0], logits[row]), (row, n)
+        assert torch.equal(own.recurrent[:, 0], state.recurrent[:, row]) and torch.equal(own.conv[:, 0], state.conv[:, row])
+
+
+test_a_row_has_the_same_bits_at_any_batch.pytestmark = [*gpu, *test_a_row_has_the_same_bits_at_any_batch.pytestmark]
+
+
+def test_bf16_is_near_the_modules_in_float32() -> None:
+    model = published()
+    wide = GatedDeltaNetLM(model.config).to(DEVICE).eval().requires_grad_(False)
+    wide.load_state_dict({name: x.float() for name, x in model.state_dict().items()})
+    ids, state, wanted_state = torch.tensor([5, 900], device=DEVICE), model.new_state(2), wide.new_state(2)
+    for _ in range(8):
+        logits = GPUDecoder(model).step(ids, state)
+        wanted = wide(ids[:, None], state=wanted_state, last_only=True).logits
+        ids = wanted.argmax(-1)
+        assert relative(logits, wanted) < 2e-2
+
+
+test_bf16_is_near_the_modules_in_float32.pytestmark = gpu
