@@ -10,6 +10,7 @@ from torch import Tensor
 
 from gdn.errors import CheckpointError
 from gdn.generation import engine, gpu_decoder
+from gdn.generation.batch import generate_batch
 from gdn.generation.gpu_decoder import GPUDecoder, Stream
 from gdn.generation.sampling import Sampling, finite
 from gdn.generation.weights import join_projections
@@ -126,6 +127,16 @@ def test_going_on_is_never_having_stopped(sampling: Sampling) -> None:
     assert first + rest == whole and len(set(whole)) > 1
     ended = list(engine.generate(model, prompt, max_new_tokens=6, sampling=sampling, eos_ids=[whole[1]]))
     assert ended == whole[: whole.index(whole[1]) + 1]
+
+
+@pytest.mark.usefixtures("streams")
+def test_rows_end_and_join_beside_each_other() -> None:
+    model, sampling, prompts = build(), Sampling(seed=9), [[1, 5, 9], [60, 2], [7, 8, 33, 2]]
+    alone = [list(engine.generate(model, prompt, max_new_tokens=3, sampling=sampling)) for prompt in prompts]
+    found: list[list[int]] = [[], [], []]
+    for i, token in generate_batch(model, prompts, max_new_tokens=3, sampling=sampling, rows=2):
+        found[i].append(token)
+    assert found == alone
 
 
 @pytest.mark.usefixtures("streams")

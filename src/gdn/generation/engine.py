@@ -40,14 +40,10 @@ def generate(
     the seed and the position alone. Arguments are checked at the call, the model runs when the iterator is advanced.
     Raises ConfigError for a bad argument, CheckpointError if the model's logits are nan.
     """
-    ids = _check_prompt(model, prompt_ids)
-    vocab = model.config.vocab_size
-    if max_new_tokens < 0:
-        raise ConfigError(f"max_new_tokens = {max_new_tokens}; expected at least 0")
-    for eos in eos_ids:
-        if not 0 <= eos < vocab:
-            raise ConfigError(f"eos_ids: {eos}; expected ids in [0, {vocab}), the model's vocabulary")
-    _check_chunk(prefill_chunk)
+    ids = check_prompt(model, prompt_ids)
+    check_length(max_new_tokens)
+    check_eos(model, eos_ids)
+    check_chunk(prefill_chunk)
     state = model.new_state(1) if state is None else state
     _check_state(model, state, 1)
     return _stream(model, ids, state, max_new_tokens, sampling, frozenset(eos_ids), prefill_chunk)
@@ -60,11 +56,11 @@ def prefill(
 
     Memory is that of prefill_chunk tokens (a multiple of 64), whatever the prompt's length. Errors as in `generate`.
     """
-    ids = _check_prompt(model, prompt_ids)
-    _check_chunk(prefill_chunk)
+    ids = check_prompt(model, prompt_ids)
+    check_chunk(prefill_chunk)
     _check_state(model, state, 1)
     on_gpu = GPUDecoder(model) if GPUDecoder.serves(model) else None
-    return _prefill(reader(model, on_gpu), ids, state, prefill_chunk)
+    return read_prompt(reader(model, on_gpu), ids, state, prefill_chunk)
 
 
 def _stream(
@@ -78,7 +74,7 @@ def _stream(
 ) -> Iterator[int]:
     on_gpu = GPUDecoder(model) if GPUDecoder.serves(model) else None
     read = reader(model, on_gpu)
-    logits = _prefill(read, ids, state, prefill_chunk)
+    logits = read_prompt(read, ids, state, prefill_chunk)
     if on_gpu is not None:
         stream = Stream(on_gpu, state, sampling)
         for n in range(max_new_tokens):
@@ -92,7 +88,7 @@ def _stream(
     for n in range(max_new_tokens):
         if n:
             logits = read(ids, state)
-        generator.manual_seed(_seed(sampling.seed, position + n))
+        generator.manual_seed(draw_seed(sampling.seed, position + n))
         chosen = sample(logits, sampling, generator)
         ids, token = chosen[None], int(chosen)
         yield token
@@ -100,13 +96,13 @@ def _stream(
             return
 
 
-def _seed(seed: int, position: int) -> int:
+def draw_seed(seed: int, position: int) -> int:
     """A seed for the draw at one position: hashed, because neighbouring seeds of one generator give related numbers."""
     digest = hashlib.blake2b(f"{seed} {position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1  # within the signed 64 bits that every generator takes
 
 
-def _prefill(read: "Reader", ids: Tensor, state: DecodeState, prefill_chunk: int) -> Tensor:
+def read_prompt(read: "Reader", ids: Tensor, state: DecodeState, prefill_chunk: int) -> Tensor:
     # Cut at multiples of the chunk counted from the first token ever read: the same cuts however often one stopped.
     start, total = int(state.position[0]), ids.shape[1]
     done, logits = 0, ids.new_empty(0)
@@ -140,23 +136,35 @@ def reader(model: GatedDeltaNetLM, on_gpu: GPUDecoder | None) -> Reader:
     return read
 
 
-def _check_prompt(model: GatedDeltaNetLM, prompt_ids: Tensor | list[int]) -> Tensor:
+def check_prompt(model: GatedDeltaNetLM, prompt_ids: Tensor | list[int], name: str = "prompt_ids") -> Tensor:
     """The prompt as [1, T] int64 where the model lies."""
     ids = torch.as_tensor(prompt_ids)
     vocab = model.config.vocab_size
     if ids.numel() == 0:
-        raise ConfigError("prompt_ids is empty; expected at least one token, such as the tokenizer's BOS")
+        raise ConfigError(f"{name} is empty; expected at least one token, such as the tokenizer's BOS")
     if ids.ndim != 1 or ids.is_floating_point() or ids.is_complex() or ids.dtype == torch.bool:
-        raise ConfigError(f"prompt_ids is {ids.dtype} {tuple(ids.shape)}; expected one row of integers, [T]")
+        raise ConfigError(f"{name} is {ids.dtype} {tuple(ids.shape)}; expected one row of integers, [T]")
     ids = ids.long()
     outside = ((ids < 0) | (ids >= vocab)).nonzero().flatten()
     if len(outside):
         where = int(outside[0])
-        raise ConfigError(f"prompt_ids[{where}] = {int(ids[where])}; expected an id in [0, {vocab}), the model's vocabulary")
+        raise ConfigError(f"{name}[{where}] = {int(ids[where])}; expected an id in [0, {vocab}), the model's vocabulary")
     return ids[None].to(model.model.embeddings.weight.device)
 
 
-def _check_chunk(prefill_chunk: int) -> None:
+def check_length(max_new_tokens: int) -> None:
+    if max_new_tokens < 0:
+        raise ConfigError(f"max_new_tokens = {max_new_tokens}; expected at least 0")
+
+
+def check_eos(model: GatedDeltaNetLM, eos_ids: Collection[int]) -> None:
+    vocab = model.config.vocab_size
+    for eos in eos_ids:
+        if not 0 <= eos < vocab:
+            raise ConfigError(f"eos_ids: {eos}; expected ids in [0, {vocab}), the model's vocabulary")
+
+
+def check_chunk(prefill_chunk: int) -> None:
     if prefill_chunk < GRID or prefill_chunk % GRID:
         raise ConfigError(f"prefill_chunk = {prefill_chunk}; expected a multiple of {GRID} tokens")
 
