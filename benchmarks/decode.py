@@ -1,11 +1,12 @@
 """Decoding and prefill of the published size with random weights: tokens/s, and the share of what the memory allows.
 
-python benchmarks/decode.py [--device cpu] [--threads 2] [--tokens 40] [--repetitions 5] [--write]
+python benchmarks/decode.py [--device cpu|cuda] [--threads 2] [--tokens 40] [--repetitions 5] [--write]
 
 The floor of a step is one read of the weights that it uses (all but the embedding table) and of the state, and one write of
 the state, at the bandwidth measured here: the best of plain reads of 1 GiB, taken between the other measurements. Beside it the
 rate of PyTorch's own one-row products, which decoding is made of. Prefill runs beside two stacks of transformers in the same
 process, turn by turn, in float32. Of several repetitions the quietest counts, for all: other work only ever adds time.
+On a GPU: `decode_gpu.py`.
 """
 
 import argparse
@@ -42,7 +43,7 @@ SAMPLING = Sampling(temperature=0.8, top_p=0.95)
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--device", choices=("cpu",), default="cpu")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--tokens", type=int, default=40, help="decoded in each repetition")
     parser.add_argument("--repetitions", type=int, default=5)
@@ -57,7 +58,7 @@ def main() -> None:
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("gdn", "torch", "transformers")},
         "units": "decode ms: median token of the quietest repetition; prefill ms: fastest; share: floor / ms; ratio: to gdn's",
         "parameters": PUBLISHED.num_parameters(),
-        **measure_cpu(args.tokens, args.repetitions),
+        **(measure_cpu if args.device == "cpu" else measure_cuda)(args.tokens, args.repetitions),
     }
     text = json.dumps(record, indent=2)
     print(text)
@@ -88,13 +89,19 @@ def measure_cpu(tokens: int, repetitions: int) -> dict[str, Any]:
     return {"bandwidth": bandwidth, "decode": decode, "prefill": prefill(repetitions)}
 
 
-def published(dtype: torch.dtype) -> GatedDeltaNetLM:
+def measure_cuda(tokens: int, repetitions: int) -> dict[str, Any]:
+    from decode_gpu import measure_gpu
+
+    return {"gpu": torch.cuda.get_device_name()} | measure_gpu(published(torch.bfloat16, "cuda"), tokens, repetitions, SAMPLING)
+
+
+def published(dtype: torch.dtype, device: str = "cpu") -> GatedDeltaNetLM:
     model = GatedDeltaNetLM(PUBLISHED)
     init_weights(model, "mamba", seed=0)
     model.to(dtype)
     for layer in model.model.layers:
         layer.attn.A_log.data, layer.attn.dt_bias.data = layer.attn.A_log.data.float(), layer.attn.dt_bias.data.float()
-    return for_decoding(model, "cpu")
+    return for_decoding(model, device)
 
 
 def decoded(model: GatedDeltaNetLM, tokens: int, repetitions: int) -> dict[str, Any]:

@@ -1,0 +1,106 @@
+"""The GPU half of `decode.py --device cuda`: steps of the whole model at several batches, prefill, and transformers' generate.
+
+A step's floor is one read of the weights that it uses (all but the embedding table) and one read and one write of the rows'
+states, at the rate of a 2 GiB copy on the same machine, bytes read and written counted. A step is the captured token with its
+draw, and the wait for its ids. Levels of batch alternate with nothing: the GPU is the benchmark's own.
+"""
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from gdn.generation.gpu_decoder import GPUDecoder, Stream
+from gdn.generation.sampling import Sampling
+from gdn.hf import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
+from gdn.model.lm import GatedDeltaNetLM
+
+BATCHES = (1, 16, 64, 256)
+PREFILL = (16, 2048)
+
+
+def measure_gpu(model: GatedDeltaNetLM, tokens: int, repetitions: int, sampling: Sampling) -> dict[str, Any]:
+    if not GPUDecoder.serves(model):
+        raise SystemExit("the GPU's steps do not serve here: `gdn doctor` says why")
+    copied = copy_rate()
+    weights = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("model.embeddings"))
+    decode = {}
+    for rows in BATCHES:
+        floor_ms = (weights + 2 * model.new_state(rows).nbytes) / copied / 1e9
+        row = step_ms(model, rows, tokens, repetitions, sampling)
+        decode[f"batch {rows}"] = row | {"floor_ms": round(floor_ms, 4), "share_of_floor": round(floor_ms / row["ms"], 3)}
+    return {
+        "copy_tb_s": round(copied, 3),
+        "decode": decode,
+        "transformers generate, batch 1": {"ms": through_transformers(model, tokens)},
+        "prefill": prefill(model, repetitions),
+    }
+
+
+def step_ms(model: GatedDeltaNetLM, rows: int, tokens: int, repetitions: int, sampling: Sampling) -> dict[str, Any]:
+    """ms of a token of all rows, the fastest repetition's median; and of the captured work alone, without the wait."""
+    state = model.new_state(rows)
+    stream = Stream(GPUDecoder(model), state, sampling)
+    logits = torch.randn(1, model.config.vocab_size, device="cuda", generator=torch.Generator("cuda").manual_seed(0))
+    for row in range(rows):
+        stream.start(row, logits, seed=row)
+    everyone = list(range(rows))
+    start = time.perf_counter()
+    stream.next(everyone)
+    capture = time.perf_counter() - start
+    medians = [statistics.median(seconds(lambda: stream.next(everyone)) for _ in range(tokens)) for _ in range(repetitions)]
+    assert stream._graph is not None
+    replayed = events(stream._graph.replay, tokens)
+    return {"ms": round(1e3 * min(medians), 4), "graph_ms": round(replayed, 4), "capture_s": round(capture, 2)}
+
+
+def prefill(model: GatedDeltaNetLM, repetitions: int) -> dict[str, float]:
+    """Tokens a second of 16 prompts of 2,048 tokens, and the logits after the last."""
+    ids = torch.randint(model.config.vocab_size, PREFILL, device="cuda")
+
+    def run() -> object:
+        with torch.no_grad():
+            return model(ids, state=model.new_state(PREFILL[0]), last_only=True)
+
+    run()
+    ms = min(events(run, 3) for _ in range(repetitions))
+    return {"ms": round(ms, 2), "tokens_per_second": round(1e3 * ids.numel() / ms)}
+
+
+def through_transformers(model: GatedDeltaNetLM, tokens: int) -> float:
+    face = GatedDeltaNetForCausalLM(GatedDeltaNetConfig.from_model_config(model.config)).to("cuda").eval()
+    face.load_state_dict(model.state_dict(), assign=True)
+    ids = torch.tensor([[1, 2, 3]], device="cuda")
+    run = {"attention_mask": torch.ones_like(ids), "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
+    face.generate(ids, max_new_tokens=2, **run)
+    short, long = (seconds(lambda n=n: face.generate(ids, max_new_tokens=n, **run)) for n in (2, tokens + 2))
+    return round(1e3 * (long - short) / tokens, 3)
+
+
+def copy_rate() -> float:
+    """TB/s of copying 2 GiB."""
+    source = torch.empty(1 << 29, device="cuda").normal_()
+    target = torch.empty_like(source)
+    return 2 * source.nbytes / events(lambda: target.copy_(source), 20) / 1e9
+
+
+def events(run: Callable[[], object], times: int) -> float:
+    """ms of one of `times` runs, by the GPU's clock."""
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    run()
+    start.record()
+    for _ in range(times):
+        run()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / times
+
+
+def seconds(work: Callable[[], object]) -> float:
+    torch.cuda.synchronize()
+    start = time.perf_counter()
+    work()
+    torch.cuda.synchronize()
+    return time.perf_counter() - start
