@@ -37,6 +37,7 @@ def main() -> None:
     add.add_argument("source", type=Path)
     add.add_argument("tokenizer", type=Path)
     add.add_argument("--documents", type=int, default=600, help="of the comparison in one process")
+    add.add_argument("--engines", default="tokenizers", help="end to end: some of tokenizers,gigatoken")
     add.set_defaults(run=tokenize)
     add = commands.add_parser("batch")
     add.set_defaults(run=batch)
@@ -91,11 +92,11 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any]:
         "tokens": tokens,
         "tokens_per_second": speeds,
         "ratio": speeds["gdn"] / best,
-        "end_to_end": _end_to_end(args, best),
+        "end_to_end": {engine: _end_to_end(args, best, engine) for engine in args.engines.split(",")},
     }
 
 
-def _end_to_end(args: argparse.Namespace, best: float) -> dict[str, Any]:
+def _end_to_end(args: argparse.Namespace, best: float, engine: Any) -> dict[str, Any]:
     """`gdn prepare` with two workers over the whole source: decompression, writing and checksums, from first to last task."""
     from gdn.data.prepare import Options, prepare
     from gdn.data.sources import Source
@@ -106,7 +107,11 @@ def _end_to_end(args: argparse.Namespace, best: float) -> dict[str, Any]:
         began = time.monotonic()
         watch = lambda done, total, tokens: states.append((time.monotonic(), tokens))  # noqa: E731
         manifest = prepare(
-            [Source(str(args.source))], load_tokenizer(args.tokenizer), Path(folder) / "out", Options(workers=2), watch
+            [Source(str(args.source))],
+            load_tokenizer(args.tokenizer),
+            Path(folder) / "out",
+            Options(workers=2, engine=engine),
+            watch,
         )
         seconds = time.monotonic() - began
     tokens = sum(manifest.num_tokens(split) for split in manifest.splits)

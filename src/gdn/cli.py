@@ -79,6 +79,7 @@ def _parser() -> argparse.ArgumentParser:
         "--dtype", choices=("auto", "uint16", "uint32"), default="auto", help="of the shards (default: %(default)s)"
     )
     add.add_argument("--skip-bad", action="store_true", help="leave out unreadable files and rows, counted in the manifest")
+    add.add_argument("--engine", choices=("tokenizers", "gigatoken"), default="tokenizers", help="(default: %(default)s)")
     add.add_argument("--workers", type=int, default=os.cpu_count(), help="tasks at a time (default: one a core)")
     add.add_argument("--executor", choices=("local", "slurm", "ray"), default="local", help="(default: %(default)s)")
     add.add_argument("--executor-option", action="append", default=[], metavar="KEY=VALUE", help="for Slurm or Ray; repeatable")
@@ -171,6 +172,8 @@ def _info(args: argparse.Namespace) -> int:
 
 def _prepare(args: argparse.Namespace) -> int:
     _need("datatrove", "prepare", "data")
+    if args.engine == "gigatoken":
+        _need("gigatoken", "prepare --engine gigatoken", "fast")
     from gdn.data.prepare import Options, prepare, training_texts
     from gdn.data.sources import Source
     from gdn.data.tokenizer import load_tokenizer, train_bpe
@@ -189,7 +192,7 @@ def _prepare(args: argparse.Namespace) -> int:
         if not separator:
             raise DataError(f"--executor-option {item!r}: expected KEY=VALUE")
         settings[key] = value
-    same = ("text_column", "holdout", "max_tokens", "deduplicate", "eos", "dtype", "skip_bad", "executor", "workers")
+    same = ("text_column", "holdout", "max_tokens", "deduplicate", "eos", "dtype", "skip_bad", "engine", "executor", "workers")
     options = Options(bos=not args.no_bos, executor_options=settings, **{name: getattr(args, name) for name in same})
     if args.tokenizer is not None:
         tokenizer = load_tokenizer(args.tokenizer)

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdn.data import encoding
-from gdn.data.encoding import DocumentEncoder, word_cut
+from gdn.data.encoding import DocumentEncoder, GigatokenEncoder, make_encoder, word_cut
 from gdn.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
-from gdn.errors import DataError
+from gdn.errors import DataError, RunError
 
 U2 = np.dtype("<u2")
 # Dense in what could go wrong: runs of spaces, the sign that stands for them, white space that regular expressions see
@@ -163,3 +163,36 @@ def test_the_published_vocabulary_takes_the_fast_path(test_data: Callable[[str],
     text = test_data("data/eval/wiki.test.raw").read_text(encoding="utf-8")[:300_000]
     code = Path(encoding.__file__).read_text(encoding="utf-8")
     same(published, [text, code, "The capital of France is", "", " ", "\n", "  \u2581 x", "漢字 and 😀😀\n\n\n    x"])
+
+
+# --- the other engine -----------------------------------------------------------------------------------------------------
+
+
+def test_gigatoken_gives_the_same_ids(test_data: Callable[[str], Path]) -> None:
+    pytest.importorskip("gigatoken")
+    published = load_tokenizer(test_data("data/tokenizer/mistral-7b-v0.1"))
+    prose = test_data("data/eval/wiki.test.raw").read_text(encoding="utf-8")[:200_000]
+    texts = [prose, "", " ", "a</s>b <s> <unk>", "\n\n    x \u2581y", "漢字 and 😀😀", "é\u0301" * 40, "\x00\x1c"]
+    encoder = make_encoder("gigatoken", published, U2)
+    assert isinstance(encoder, GigatokenEncoder) and encoder.encode([]) == []
+    assert [np.frombuffer(ids, U2).tolist() for ids in encoder.encode(texts)] == [published.encode(text) for text in texts]
+
+
+def test_an_engine_with_other_ids_is_found_out() -> None:
+    pytest.importorskip("gigatoken")
+    texts = ["long " * 9000, "the and", "the the"]
+    encoder = GigatokenEncoder(SMALL, U2)
+    encoder.encode(texts)
+    other = sentencepiece()
+    other["model"]["merges"].pop(2)  # the one that makes " the"
+    encoder._gigatoken = GigatokenEncoder(tokenizer(other), U2)._gigatoken
+    with pytest.raises(RunError, match="from the 1th on, in the text that begins with 'the and': prepare without --engine"):
+        encoder.encode(texts)
+
+
+def test_added_tokens_that_texts_may_hold_are_not_for_gigatoken() -> None:
+    pytest.importorskip("gigatoken")
+    definition = sentencepiece()
+    definition["added_tokens"].append(definition["added_tokens"][0] | {"id": 300, "content": "ab", "special": False})
+    with pytest.raises(DataError, match="not special; gigatoken"):
+        GigatokenEncoder(tokenizer(definition), U2)

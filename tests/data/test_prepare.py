@@ -89,6 +89,14 @@ def test_policies_of_bos_and_eos(tmp_path: Path, bos: bool, eos: bool) -> None:
     assert TokenShards.open(tmp_path / "out", TRAIN).document_starts(0, len(wanted)).tolist() == [0, len(wanted) // 2]
 
 
+def test_the_engine_changes_no_byte_but_the_versions(tmp_path: Path) -> None:
+    pytest.importorskip("gigatoken")
+    one = prepare_texts(TEXTS, WORDS, tmp_path / "one", task_bytes=700)
+    other = prepare_texts(TEXTS, WORDS, tmp_path / "other", task_bytes=700, engine="gigatoken")
+    assert other.fingerprint == one.fingerprint and len(one.splits[TRAIN]) > 1
+    assert other.versions.keys() - one.versions.keys() == {"gigatoken"}
+
+
 def test_exact_copies_are_left_out_wherever_they_lie(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     texts = ["same", "other", "same", *TEXTS, "same", TEXTS[3], "end"]
     kept = ["same", "other", *TEXTS, "end"]

@@ -25,12 +25,12 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger as datatrove_logger
 
 from gdn.data.assemble import ROWS, TASK, missing_tasks, read_task, task_folder, task_tokens
-from gdn.data.encoding import DocumentEncoder
+from gdn.data.encoding import Encoder, Engine, make_encoder
 from gdn.data.readers import PieceReader, is_blank, is_held_out, text_digest, where
 from gdn.data.shards import HELDOUT, TOKENIZER, TRAIN
 from gdn.data.sources import Stream
 from gdn.data.tokenizer import load_tokenizer
-from gdn.errors import DataError
+from gdn.errors import DataError, RunError
 from gdn.files import publish_folder
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class TokenWriter(PipelineStep):
         try:
             with publish_folder(target) as folder:
                 self._write(data, folder)
-        except (DataError, OSError) as error:
+        except (DataError, RunError, OSError) as error:
             if target.exists():  # a worker that outlived its run has done it meanwhile
                 return
             failures = self._work / "failures"
@@ -160,7 +160,7 @@ class TokenWriter(PipelineStep):
 
     def _write(self, data: Iterable[Document], folder: Path) -> None:
         options = self._options
-        encoder, prefix, suffix = _encoder(self._work / TOKENIZER, self._dtype, options.bos, options.eos)
+        encoder, prefix, suffix = _encoder(self._work / TOKENIZER, self._dtype, options.engine, options.bos, options.eos)
         writers = {split: _SplitWriter(folder, split, np.dtype(self._dtype).itemsize) for split in (TRAIN, HELDOUT)}
         labels: dict[str, int] = {}
         counts = Counts()
@@ -208,9 +208,7 @@ def _batches(data: Iterable[Document], counts: Counts) -> Iterator[list[Document
     yield batch
 
 
-def _encode(
-    encoder: DocumentEncoder, batch: list[Document], counts: Counts, skip_bad: bool
-) -> Iterable[tuple[Document, bytes]]:
+def _encode(encoder: Encoder, batch: list[Document], counts: Counts, skip_bad: bool) -> Iterable[tuple[Document, bytes]]:
     try:
         return list(zip(batch, encoder.encode([document.text for document in batch])))
     except DataError as error:
@@ -253,13 +251,13 @@ class _SplitWriter:
 
 
 @functools.lru_cache(maxsize=1)
-def _encoder(folder: Path, dtype: str, bos: bool, eos: bool) -> tuple[DocumentEncoder, bytes, bytes]:
+def _encoder(folder: Path, dtype: str, engine: Engine, bos: bool, eos: bool) -> tuple[Encoder, bytes, bytes]:
     """One a process: its cache of words serves task after task."""
     tokenizer = load_tokenizer(folder)
     before = [tokenizer.bos_id] if bos and tokenizer.bos_id is not None else []
     after = [tokenizer.eos_id] if eos and tokenizer.eos_id is not None else []
     kind = np.dtype(dtype)
-    return DocumentEncoder(tokenizer, kind), np.array(before, kind).tobytes(), np.array(after, kind).tobytes()
+    return make_encoder(engine, tokenizer, kind), np.array(before, kind).tobytes(), np.array(after, kind).tobytes()
 
 
 def _has_enough(work: Path, first: int, task: int, split: str, target: int | None) -> bool:

@@ -23,6 +23,7 @@ import tokenizers
 
 import gdn
 from gdn.data.assemble import assemble, missing_tasks, read_task, select, task_folder, task_tokens
+from gdn.data.encoding import Engine
 from gdn.data.executors import run_tasks
 from gdn.data.readers import find_text_column, is_held_out, read_piece, text_digest
 from gdn.data.shards import (
@@ -63,6 +64,7 @@ class Options:
     task_bytes: int = TASK_BYTES  # of files, that are one task and one shard
     record: Mapping[str, Any] = field(default_factory=dict)  # what else the manifest shall say
     skip_bad: bool = False
+    engine: Engine = "tokenizers"  # what makes the same ids
     executor: Literal["local", "slurm", "ray"] = "local"
     workers: int = 1
     executor_options: Mapping[str, str] = field(default_factory=dict)  # of datatrove's executor
@@ -170,7 +172,7 @@ def _run(
                 SourceRecord(source.name or source.spec, revision, source.weight)
                 for source, revision in zip(sources, plan["revisions"])
             ),
-            versions=_versions(),
+            versions=_versions(options.engine),
         )
         tokenizer.save(folder / TOKENIZER)
         write_manifest(manifest, folder)
@@ -304,10 +306,7 @@ def _watched(streams: Sequence[Stream], work: Path, progress: Progress | None) -
         thread.join()
 
 
-def _versions() -> dict[str, str]:
-    return {
-        "gdn": gdn.__version__,
-        "tokenizers": tokenizers.__version__,
-        "datatrove": importlib.metadata.version("datatrove"),
-        "python": platform.python_version(),
-    }
+def _versions(engine: Engine) -> dict[str, str]:
+    names = ["datatrove", *(["gigatoken"] if engine == "gigatoken" else [])]
+    own = {"gdn": gdn.__version__, "tokenizers": tokenizers.__version__, "python": platform.python_version()}
+    return own | {name: importlib.metadata.version(name) for name in names}
