@@ -2,7 +2,7 @@
 
     python benchmarks/data.py tokenize SOURCE TOKENIZER     # both paths in one process, in turn; then `gdn prepare` end to end
     python benchmarks/data.py batch                         # sparse files of 150 shards in a temporary folder
-    python benchmarks/data.py memory TOKENIZER              # peak of `gdn prepare` with one document of 50 MB among others
+    python benchmarks/data.py memory TOKENIZER [--engine E] # peak of `gdn prepare` with one document of 50 MB among others
 
 Prints JSON; what was measured on which machine stands in docs/log.md and benchmarks/results/data_cpu.json.
 """
@@ -43,6 +43,7 @@ def main() -> None:
     add.set_defaults(run=batch)
     add = commands.add_parser("memory")
     add.add_argument("tokenizer", type=Path)
+    add.add_argument("--engine", default="tokenizers", help="(default: %(default)s)")
     add.set_defaults(run=memory)
     args = parser.parse_args()
     machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
@@ -163,6 +164,7 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
                 for _ in range(1 if number == 3 else 1000):
                     stream.write(json.dumps({"text": " ".join(rng.choices(words, k=size // 7))}) + "\n")
         command = [sys.executable, "-m", "gdn", "prepare", str(folder), "--tokenizer", str(args.tokenizer), "--workers", "2"]
+        command += ["--engine", args.engine]
         process = subprocess.Popen([*command, "--out", str(folder / "out")], start_new_session=True, stdout=subprocess.DEVNULL)
         peaks = [0, 0]
 

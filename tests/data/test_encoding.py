@@ -188,6 +188,8 @@ def test_an_engine_with_other_ids_is_found_out() -> None:
     encoder._gigatoken = GigatokenEncoder(tokenizer(other), U2)._gigatoken
     with pytest.raises(RunError, match="from the 1th on, in the text that begins with 'the and': prepare without --engine"):
         encoder.encode(texts)
+    with pytest.raises(RunError, match="in the text that begins with 'long the"):  # of a longer one the beginning
+        encoder.encode(["long the " * 9000])
 
 
 def test_added_tokens_that_texts_may_hold_are_not_for_gigatoken() -> None:

@@ -23,7 +23,7 @@ _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
 
 Engine = Literal["tokenizers", "gigatoken"]
-_COMPARED = 20_000  # characters: of each call's texts the first that is no longer is compared, or the shortest
+_COMPARED = 20_000  # characters: of each call's texts the first that is no longer is compared, or as much of the first
 
 
 class Encoder(Protocol):
@@ -192,14 +192,14 @@ class GigatokenEncoder:
         ids = awkward.to_numpy(awkward.flatten(found)).astype(self._dtype)
         ends = np.cumsum(awkward.to_numpy(awkward.num(found))).tolist()
         result = [ids[start:end].tobytes() for start, end in zip([0, *ends], ends)]
-        short = (i for i, text in enumerate(texts) if len(text) <= _COMPARED)
-        i = next(short, min(range(len(texts)), key=lambda i: len(texts[i])))
-        wanted = np.array(self._tokenizer.encode(texts[i]), self._dtype)
-        got = np.frombuffer(result[i], self._dtype)
+        i = next((i for i, text in enumerate(texts) if len(text) <= _COMPARED), None)
+        text = texts[0][:_COMPARED] if i is None else texts[i]  # `tokenizers` would take gigabytes for a whole book
+        got = self._gigatoken.encode(text).astype(self._dtype) if i is None else np.frombuffer(result[i], self._dtype)
+        wanted = np.array(self._tokenizer.encode(text), self._dtype)
         if not np.array_equal(got, wanted):
             where = next((n for n, (a, b) in enumerate(zip(got, wanted)) if a != b), min(len(got), len(wanted)))
             raise RunError(
                 f"gigatoken's ids differ from the tokenizer's, from the {where + 1}th on, in the text that begins with "
-                f"{texts[i][:60]!r}: prepare without --engine gigatoken"
+                f"{text[:60]!r}: prepare without --engine gigatoken"
             )
         return result
