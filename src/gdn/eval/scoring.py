@@ -1,0 +1,291 @@
+"""Log-likelihoods of continuations and greedy continuations, many at a time: ids in, numbers and ids out; no text, no harness.
+
+What is read twice is computed once: requests with the same context share one prefill, whose state is forked for each of them.
+Work is packed by tokens, sequences end to end with no padding, so that a score does not depend on what else is asked for.
+"""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from gdn.errors import CheckpointError, ConfigError
+from gdn.model.lm import GatedDeltaNetLM
+from gdn.model.state import DecodeState
+
+TOKEN_BUDGET = 8192  # tokens of one forward pass
+STATE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}  # of decode states held at a time; 22 MB a row at the published size
+_LOGITS = 1 << 25  # elements of one block of logits, 128 MB
+_GRID = 64  # where a long sequence may be split without a change in the GPU kernels' bits (docs/numerics.md)
+
+
+class Request(NamedTuple):
+    """How likely is `continuation` behind `context`? Both are ids, at least one each."""
+
+    context: Sequence[int]
+    continuation: Sequence[int]
+
+
+class Likelihood(NamedTuple):
+    """Sum of log p over the continuation in nats, and whether each of its tokens is the likeliest in its place."""
+
+    total: float
+    greedy: bool
+
+
+class _Sequence(NamedTuple):
+    """Ids to read from a state's row (from nothing: None), and which token each request wants at which position of them."""
+
+    ids: Sequence[int]
+    row: int | None
+    wanted: list[tuple[int, int, int]]  # position, token, request
+
+
+class Scorer:
+    """Runs one model, where it lies, in its compute dtype; logits and log-softmax in float32.
+
+    tokens_computed counts what went through the model, tokens_asked what it would have been with every request read whole.
+    """
+
+    def __init__(self, model: GatedDeltaNetLM, *, token_budget: int = TOKEN_BUDGET, state_bytes: int | None = None) -> None:
+        if token_budget < _GRID or token_budget % _GRID:
+            raise ConfigError(f"token_budget = {token_budget}; expected a multiple of {_GRID}")
+        self.model = model.eval()
+        self.device = model.model.embeddings.weight.device
+        self.token_budget = token_budget
+        held = STATE_BYTES.get(self.device.type, 1 << 30) if state_bytes is None else state_bytes
+        self.max_rows = max(1, held // DecodeState.empty(model.config, 1, "meta").nbytes)
+        self.tokens_computed = 0
+        self.tokens_asked = 0
+
+    @torch.no_grad()
+    def likelihoods(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Likelihood]:
+        """One Likelihood for each request, in their order; progress is told how many requests are done.
+
+        Raises ConfigError for an empty part or an id outside the vocabulary, CheckpointError if logits are nan.
+        """
+        self._check([ids for request in requests for ids in request])
+        self.tokens_asked += sum(len(context) + len(continuation) - 1 for context, continuation in requests)
+        results = _Results(len(requests))
+        alone, shared = [], []
+        for context, members in _by_context(requests).items():
+            # A context of one token costs less than keeping its state; without choices there is nothing to share.
+            if len(members) == 1 or len(context) == 1:
+                alone += [_whole(requests[i], i) for i in members]
+            else:
+                first = _Sequence(context, None, [(len(context) - 1, requests[i].continuation[0], i) for i in members])
+                # Where all choices are of one token, one prediction answers them all, and no state is kept.
+                (shared if any(len(requests[i].continuation) > 1 for i in members) else alone).append(first)
+        done = 0
+        for batch in self._batches(alone, len(requests)):
+            self._score(batch, None, results)
+            done += len({i for sequence in batch for _, _, i in sequence.wanted})
+            if progress is not None:
+                progress(done)
+        for batch in self._batches(shared, self.max_rows):
+            state = self.model.new_state(len(batch))
+            self._score([sequence._replace(row=row) for row, sequence in enumerate(batch)], state, results)
+            members = [(row, i) for row, sequence in enumerate(batch) for _, _, i in sequence.wanted]
+            for part in self._batches([_rest(requests[i], i, row) for row, i in members], self.max_rows):
+                rows = torch.tensor([sequence.row for sequence in part], device=self.device)
+                self._score(part, state.select(rows), results)
+            done += len(members)
+            if progress is not None:
+                progress(done)
+        return results.collect()
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        eos_ids: Collection[int],
+        stop: Callable[[list[int]], bool] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """The likeliest ids one after another behind each prompt, until max_new_tokens, one of eos_ids, or stop(ids so far).
+
+        The id that ends a text is its last. Errors as in `likelihoods`.
+        """
+        self._check(prompts)
+        texts: list[list[int]] = [[] for _ in prompts]
+        order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
+        for start in range(0, len(order), self.max_rows):
+            batch = order[start : start + self.max_rows]
+            self._decode([prompts[i] for i in batch], [texts[i] for i in batch], max_new_tokens, frozenset(eos_ids), stop)
+            if progress is not None:
+                progress(start + len(batch))
+        return texts
+
+    def _check(self, sequences: Sequence[Sequence[int]]) -> None:
+        vocab = self.model.config.vocab_size
+        for ids in sequences:
+            if not ids:
+                raise ConfigError("a context or continuation of no tokens; expected at least one, such as the BOS")
+            if max(ids) >= vocab or min(ids) < 0:
+                raise ConfigError(f"token id {max(ids)}; the model's vocabulary is {vocab}: this tokenizer is not the model's")
+
+    def _batches(self, sequences: Sequence[_Sequence], rows: int) -> Iterator[list[_Sequence]]:
+        """Sequences by falling length, as many at a time as the budget of tokens (one at least) and so many rows allow."""
+        batch: list[_Sequence] = []
+        tokens = 0
+        for sequence in sorted((s for s in sequences if s.ids), key=lambda s: -len(s.ids)):
+            if batch and (tokens + len(sequence.ids) > self.token_budget or len(batch) == rows):
+                yield batch
+                batch, tokens = [], 0
+            batch.append(sequence)
+            tokens += len(sequence.ids)
+        if batch:
+            yield batch
+
+    def _score(self, batch: list[_Sequence], state: DecodeState | None, results: "_Results") -> None:
+        """Read a batch (state: a row for each, updated in place) and note what its requests want."""
+        if len(batch) == 1 and len(batch[0].ids) > self.token_budget:
+            state = self.model.new_state(1) if state is None else state
+            for piece in _split(batch[0], self.token_budget):
+                self._score([piece], state, results)
+            return
+        hidden = self._read([sequence.ids for sequence in batch], state)
+        start = 0
+        places: list[int] = []
+        tokens: list[int] = []
+        for sequence in batch:
+            for place, token, request in sequence.wanted:
+                places.append(start + place)
+                tokens.append(token)
+                results.owners.append(request)
+            start += len(sequence.ids)
+        if not places:  # the first pieces of a long context
+            return
+        # The choices of one context want different tokens of one row of logits: each row is computed once.
+        unique, which = torch.tensor(places).unique(return_inverse=True)
+        block = max(1, _LOGITS // self.model.config.vocab_size)
+        token_ids = torch.tensor(tokens)
+        order = which.argsort(stable=True)
+        logs, greedy = torch.empty(len(tokens)), torch.empty(len(tokens), dtype=torch.bool)
+        bounds = torch.searchsorted(which[order], torch.arange(0, len(unique) + block, block))
+        for n, first in enumerate(range(0, len(unique), block)):
+            mine = order[bounds[n] : bounds[n + 1]]
+            log_p = self._log_softmax(hidden[unique[first : first + block].to(self.device)])
+            rows, wanted = (which[mine] - first).to(self.device), token_ids[mine].to(self.device)
+            logs[mine] = log_p[rows, wanted].cpu()
+            greedy[mine] = (log_p.argmax(-1)[rows] == wanted).cpu()
+        results.logs.append(logs)
+        results.greedy.append(greedy)
+
+    def _read(self, sequences: Sequence[Sequence[int]], state: DecodeState | None) -> Tensor:
+        """Hidden states [tokens, hidden] of the sequences end to end."""
+        lengths = [len(ids) for ids in sequences]
+        flat = torch.tensor([token for ids in sequences for token in ids], device=self.device)
+        self.tokens_computed += len(flat)
+        if len(set(lengths)) == 1 and self.device.type == "cpu":  # a batch: the same numbers to rounding, and no gathering
+            hidden = self.model.model(flat.view(len(lengths), -1), state, None, self.model.compute_dtype)
+            return torch.as_tensor(hidden.flatten(0, 1))
+        ends = torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
+        return torch.as_tensor(self.model.model(flat[None], state, ends, self.model.compute_dtype)[0])
+
+    def _log_softmax(self, hidden: Tensor) -> Tensor:
+        log_p = self.model.lm_head(hidden).float().log_softmax(-1)
+        if log_p[:, 0].isnan().any():
+            raise CheckpointError("the model's logits are nan: its weights, or what it computes from them, are not finite")
+        return torch.as_tensor(log_p)
+
+    def _decode(
+        self,
+        prompts: list[Sequence[int]],
+        texts: list[list[int]],
+        max_new_tokens: int,
+        eos_ids: frozenset[int],
+        stop: Callable[[list[int]], bool] | None,
+    ) -> None:
+        """Append to each text what follows its prompt."""
+        state = self.model.new_state(len(prompts))
+        last = torch.cat(list(self._prefill(prompts, state)))
+        running = list(range(len(prompts)))  # text of each row; None of them is finished but since the last select
+        for _ in range(max_new_tokens):
+            chosen = self._log_softmax(last).argmax(-1)
+            for text, token in zip(running, chosen.tolist()):
+                if not _ended(texts[text], eos_ids, stop):
+                    texts[text].append(token)
+            live = [row for row, text in enumerate(running) if not _ended(texts[text], eos_ids, stop)]
+            if not live or len(texts[running[live[0]]]) == max_new_tokens:
+                return
+            if len(live) < len(running):
+                keep = torch.tensor(live, device=self.device)
+                state, chosen = state.select(keep), chosen[keep]
+                running = [running[row] for row in live]
+            self.tokens_computed += len(running)
+            last = self.model.model(chosen[:, None], state, None, self.model.compute_dtype)[:, -1]
+
+    def _prefill(self, prompts: list[Sequence[int]], state: DecodeState) -> Iterator[Tensor]:
+        """Read prompts of falling length into the state's rows; yields the hidden states [n, hidden] of their last tokens."""
+        row = 0
+        while row < len(prompts):
+            end, tokens = row + 1, len(prompts[row])
+            while end < len(prompts) and tokens + len(prompts[end]) <= self.token_budget:
+                tokens += len(prompts[end])
+                end += 1
+            part = DecodeState(state.recurrent[:, row:end], state.conv[:, row:end], state.position[row:end])
+            if tokens > self.token_budget:
+                ids = prompts[row]
+                for start in range(0, tokens, self.token_budget):
+                    hidden = self._read([ids[start : start + self.token_budget]], part)
+                yield hidden[-1:]
+            else:
+                hidden = self._read(prompts[row:end], part)
+                ends = torch.tensor([len(ids) for ids in prompts[row:end]], device=self.device).cumsum(0)
+                yield hidden[ends - 1]
+            row = end
+
+
+class _Results:
+    """Log-likelihoods of single tokens, each with the request it belongs to, as they come."""
+
+    def __init__(self, requests: int) -> None:
+        self.requests = requests
+        self.owners: list[int] = []
+        self.logs: list[Tensor] = []
+        self.greedy: list[Tensor] = []
+
+    def collect(self) -> list[Likelihood]:
+        # In float64, and in the order of a request's tokens: the sum is the same whatever batches they came in.
+        totals = torch.zeros(self.requests, dtype=torch.float64)
+        misses = torch.zeros(self.requests, dtype=torch.int64)
+        if self.logs:
+            owners = torch.tensor(self.owners)
+            totals.index_add_(0, owners, torch.cat(self.logs).double())
+            misses.index_add_(0, owners, (~torch.cat(self.greedy)).long())
+        return [Likelihood(total, miss == 0) for total, miss in zip(totals.tolist(), misses.tolist())]
+
+
+def _by_context(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault(tuple(request.context), []).append(i)
+    return groups
+
+
+def _whole(request: Request, i: int) -> _Sequence:
+    """Request `i` read from its first token to the last but one."""
+    context, continuation = request
+    wanted = [(place, token, i) for place, token in enumerate(continuation, len(context) - 1)]
+    return _Sequence([*context, *continuation[:-1]], None, wanted)
+
+
+def _rest(request: Request, i: int, row: int) -> _Sequence:
+    """What is left of request `i` when the prediction behind its context, which lies in the state's row, is known."""
+    continuation = request.continuation
+    wanted = [(place, token, i) for place, token in enumerate(continuation[1:])]
+    return _Sequence(continuation[:-1], row, wanted)
+
+
+def _split(sequence: _Sequence, size: int) -> Iterator[_Sequence]:
+    for start in range(0, len(sequence.ids), size):
+        ids = sequence.ids[start : start + size]
+        wanted = [(place - start, *what) for place, *what in sequence.wanted if start <= place < start + len(ids)]
+        yield _Sequence(ids, sequence.row, wanted)  # type: ignore[arg-type]
+
+
+def _ended(text: list[int], eos_ids: frozenset[int], stop: Callable[[list[int]], bool] | None) -> bool:
+    return bool(text) and (text[-1] in eos_ids or (stop is not None and stop(text)))

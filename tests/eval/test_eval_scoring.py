@@ -1,0 +1,150 @@
+"""Scores and greedy texts against the plain way, one request at a time in one forward; the same whatever the batches."""
+
+import random
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from gdn.errors import CheckpointError, ConfigError
+from gdn.eval.scoring import Likelihood, Request, Scorer
+from gdn.model.config import ModelConfig
+from gdn.model.lm import GatedDeltaNetLM, init_weights
+
+VOCAB = 61
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def model() -> GatedDeltaNetLM:
+    config = ModelConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_heads=2, head_dim=8, expand_v=1.0)
+    model = GatedDeltaNetLM(config)
+    init_weights(model, "mamba", 0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+    return model.eval()
+
+
+def draw(rng: random.Random, n: int) -> list[int]:
+    return [rng.randrange(VOCAB) for _ in range(n)]
+
+
+@pytest.fixture(scope="module")
+def requests() -> list[Request]:
+    """Choices of one context, of one token, of contexts of one token; single requests; texts longer than a small budget."""
+    rng = random.Random(0)
+    made = []
+    for length in (1, 2, 30, 64, 65, 150, 200):
+        context = draw(rng, length)
+        made += [Request(context, draw(rng, n)) for n in (1, 1, 5, 70)]
+    context = draw(rng, 20)
+    made += [Request(context, [token]) for token in (3, 4, 5)]
+    made += [Request(draw(rng, n), draw(rng, n)) for n in range(1, 100, 7)]
+    made += [Request(draw(rng, 3), draw(rng, 300)), Request(draw(rng, 300), draw(rng, 2))]
+    return made
+
+
+def plain(model: GatedDeltaNetLM, request: Request) -> Likelihood:
+    ids = torch.tensor([[*request.context, *request.continuation]])
+    with torch.no_grad():
+        log_p = model(ids[:, :-1]).logits[0, len(request.context) - 1 :].log_softmax(-1)
+    wanted = ids[0, len(request.context) :]
+    total = log_p.gather(1, wanted[:, None]).double().sum().item()
+    return Likelihood(total, bool((log_p.argmax(-1) == wanted).all()))
+
+
+def greedy(model: GatedDeltaNetLM, request: Request) -> Request:
+    """The same context with the continuation that the model finds likeliest."""
+    (text,) = Scorer(model).generate([request.context], len(request.continuation), ())
+    return Request(request.context, text)
+
+
+def test_each_score_is_that_of_the_request_alone(model: GatedDeltaNetLM, requests: list[Request]) -> None:
+    asked = requests + [greedy(model, request) for request in requests[::9]]
+    got = Scorer(model).likelihoods(asked)
+    for request, score in zip(asked, got):
+        wanted = plain(model, request)
+        assert score.total == pytest.approx(wanted.total, rel=1e-5, abs=1e-5)
+        assert score.greedy == wanted.greedy
+    assert {score.greedy for score in got} == {True, False}
+
+
+@pytest.mark.parametrize("budget", [64, 1024, 8192, 65536])
+@pytest.mark.parametrize("rows", [3, 1000])
+def test_scores_do_not_depend_on_batches_or_order(
+    model: GatedDeltaNetLM, requests: list[Request], budget: int, rows: int
+) -> None:
+    wanted = Scorer(model).likelihoods(requests)
+    order = list(range(len(requests)))
+    random.Random(budget).shuffle(order)
+    scorer = Scorer(model, token_budget=budget, state_bytes=rows * model.new_state(1).nbytes)
+    assert scorer.max_rows == rows
+    got = scorer.likelihoods([requests[i] for i in order])
+    for i, score in zip(order, got):
+        assert score.total == pytest.approx(wanted[i].total, rel=1e-6, abs=1e-5)
+        assert score.greedy == wanted[i].greedy
+
+
+def test_a_shared_context_is_read_once(model: GatedDeltaNetLM) -> None:
+    rng = random.Random(1)
+    context = draw(rng, 50)
+    scorer = Scorer(model)
+    scorer.likelihoods([Request(context, draw(rng, 10)) for _ in range(4)])
+    assert (scorer.tokens_computed, scorer.tokens_asked) == (50 + 4 * 9, 4 * 59)
+    scorer.likelihoods([Request(context, [token]) for token in (1, 2)])
+    assert (scorer.tokens_computed, scorer.tokens_asked) == (50 + 4 * 9 + 50, 4 * 59 + 2 * 50)
+
+
+def test_progress_ends_at_all_requests(model: GatedDeltaNetLM, requests: list[Request]) -> None:
+    said: list[int] = []
+    Scorer(model, token_budget=512).likelihoods(requests, said.append)
+    assert said == sorted(said) and said[-1] == len(requests) and len(said) > 3
+
+
+def plain_text(model: GatedDeltaNetLM, prompt: list[int], n: int, eos: int) -> list[int]:
+    ids = list(prompt)
+    with torch.no_grad():
+        while len(ids) < len(prompt) + n and (len(ids) == len(prompt) or ids[-1] != eos):
+            ids.append(int(model(torch.tensor([ids])).logits[0, -1].argmax()))
+    return ids[len(prompt) :]
+
+
+@pytest.mark.parametrize("budget", [64, 8192])
+@pytest.mark.parametrize("rows", [2, 100])
+def test_generation_is_greedy_and_stops(model: GatedDeltaNetLM, budget: int, rows: int) -> None:
+    rng = random.Random(2)
+    prompts = [draw(rng, n) for n in (1, 5, 64, 100, 7, 200, 5)]
+    eos = plain_text(model, prompts[1], 3, -1)[2]  # one text at least ends early
+    scorer = Scorer(model, token_budget=budget, state_bytes=rows * model.new_state(1).nbytes)
+    wanted = [plain_text(model, prompt, 12, eos) for prompt in prompts]
+    assert min(map(len, wanted)) < 12
+    assert scorer.generate(prompts, 12, {eos}) == wanted
+    cut = [plain_text(model, prompt, 4, -1) for prompt in prompts]
+    assert scorer.generate(prompts, 12, (), stop=lambda text: len(text) >= 4) == cut
+
+
+def test_what_cannot_be_scored_is_named(model: GatedDeltaNetLM) -> None:
+    scorer = Scorer(model)
+    with pytest.raises(ConfigError, match="no tokens"):
+        scorer.likelihoods([Request([1], [])])
+    with pytest.raises(ConfigError, match=f"token id {VOCAB}.*vocabulary is {VOCAB}"):
+        scorer.likelihoods([Request([1], [VOCAB])])
+    with pytest.raises(ConfigError, match="token_budget = 100"):
+        Scorer(model, token_budget=100)
+    broken = GatedDeltaNetLM(model.config)
+    broken.load_state_dict(model.state_dict())
+    with torch.no_grad():
+        broken.model.norm.weight[3] = float("nan")
+    with pytest.raises(CheckpointError, match="nan"):
+        Scorer(broken).likelihoods([Request([1], [2])])
+    with pytest.raises(CheckpointError, match="nan"):
+        Scorer(broken).generate([[1]], 1, ())
