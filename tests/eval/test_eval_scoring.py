@@ -1,7 +1,6 @@
 """Scores and greedy texts against the plain way, one request at a time in one forward; the same whatever the batches."""
 
 import random
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -14,12 +13,6 @@ from gdn.model.lm import GatedDeltaNetLM, init_weights
 VOCAB = 61
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

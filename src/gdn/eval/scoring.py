@@ -113,7 +113,9 @@ class Scorer:
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
         for start in range(0, len(order), self.max_rows):
             batch = order[start : start + self.max_rows]
+            before = self.tokens_computed
             self._decode([prompts[i] for i in batch], [texts[i] for i in batch], max_new_tokens, frozenset(eos_ids), stop)
+            self.tokens_asked += self.tokens_computed - before
             if progress is not None:
                 progress(start + len(batch))
         return texts
