@@ -11,7 +11,8 @@ from gdn.eval.local import INDEX, SOURCES
 from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM, init_weights
 
-WORDS = "the river carries old boats past nine quiet towns and a bridge that nobody has crossed since winter".split()
+TEXT = "the river carries old boats past nine quiet towns and a bridge that nobody has crossed since winter"
+WORDS = TEXT.split()
 
 
 def sentence(n: int, words: int = 9) -> str:

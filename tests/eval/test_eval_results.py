@@ -17,7 +17,9 @@ LOCK = {"lm_eval": "0.4.13", "model": "a" * 64, "limit": None}
 
 
 def result(scores: list[Any], metric: str = "acc", **changes: Any) -> dict[str, Any]:
-    samples = [{"id": i, "document": f"d{i}", "metrics": {metric.removesuffix("_harness"): score}} for i, score in enumerate(scores)]
+    samples = [
+        {"id": i, "document": f"d{i}", "metrics": {metric.removesuffix("_harness"): score}} for i, score in enumerate(scores)
+    ]
     plain: dict[str, Any] = {"metric": metric, "value": 0.5, "stderr": 0.1, "data_sha256": "d", "prompts_sha256": "p"}
     return plain | changes | {"samples": samples}
 
@@ -33,7 +35,7 @@ def test_finished_tasks_are_found_again(tmp_path: Path) -> None:
     assert len(read_samples(tmp_path / "out", "copa", kept["samples_sha256"])) == 2
     (tmp_path / "out" / "samples_copa.jsonl").write_text("{}\n")
     assert again.finished("copa", "d") is None
-    with pytest.raises(DataError, match="samples_copa.jsonl: missing, or not what"):
+    with pytest.raises(DataError, match=r"samples_copa\.jsonl: missing, or not what"):
         read_samples(tmp_path / "out", "copa", kept["samples_sha256"])
     assert read_results(tmp_path / "out")["checkpoint"] == "runs/x"
 

@@ -13,8 +13,6 @@ from gdn.model.lm import GatedDeltaNetLM, init_weights
 VOCAB = 61
 
 
-
-
 @pytest.fixture(scope="module")
 def model() -> GatedDeltaNetLM:
     config = ModelConfig(vocab_size=VOCAB, hidden_size=16, num_hidden_layers=2, num_heads=2, head_dim=8, expand_v=1.0)

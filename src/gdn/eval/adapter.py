@@ -142,7 +142,9 @@ class HarnessModel(TemplateLM):
         options: dict[str, Any] = dict(normalize_gen_kwargs(settings, self.max_gen_toks))
         unknown = sorted(options.keys() - _GENERATION_KEYS)
         if options.get("do_sample") or unknown:
-            raise ConfigError(f"generation settings {settings}: only greedy generation is computed, not {unknown or 'sampling'}")
+            raise ConfigError(
+                f"generation settings {settings}: only greedy generation is computed, not {unknown or 'sampling'}"
+            )
         eos = self.tokenizer.decode(self.eot_token_id)
         until = handle_stop_sequences(options["until"], eos=eos)
         new, room = options["max_gen_toks"], self.max_length - options["max_gen_toks"]

@@ -14,11 +14,12 @@ from typing import Any, NamedTuple
 
 import datasets
 import lm_eval.evaluator
+import torch
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
-from gdn.errors import ConfigError, DataError
+from gdn.errors import CheckpointError, ConfigError, DataError
 from gdn.eval import local, ruler
 from gdn.eval.adapter import HarnessModel, Progress, Rolling
 from gdn.eval.card import CARD, RULER_CARD, RULER_LENGTH, STREAM, mean_error, perplexity_error, row_of
@@ -34,7 +35,7 @@ _FOLDERS = {
     "copa": "super_glue/copa",
 } | {name: name for name in ("hellaswag", "piqa", "winogrande", "sciq", "wikitext")}
 _ROLLING: dict[str, Rolling] = {"wikitext": "one_bos", "wikitext_harness": "harness", "wikitext_stream": "stream"}
-_SEED = 1234  # the harness's own, of few-shot examples
+SEED = 1234  # the harness's own, of few-shot examples
 _MEANS = ("acc_norm", "acc", "exact_match")
 
 
@@ -83,6 +84,34 @@ def adapt(scorer: Scorer, tokenizer: Any, max_length: int | None = None, progres
     return HarnessModel(scorer, tokenizer, max_length=length, progress=progress)
 
 
+def other_model(folder: Path, tokenizer: Any, device: torch.device, dtype: torch.dtype, max_length: int | None) -> LM:
+    """A model of another architecture, through transformers and the harness's own class."""
+    import lm_eval.models  # noqa: F401  fills the harness's registry
+    from lm_eval.models.huggingface import HFLM
+
+    try:
+        return HFLM(
+            pretrained=str(folder), tokenizer=tokenizer, device=str(device), dtype=dtype, max_length=max_length, batch_size=8
+        )
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{folder}: transformers cannot load it: {str(error).splitlines()[0]}") from None
+
+
+def open_folder(name: str) -> Path:
+    """A model folder by its path; else by its id on the Hub, downloaded to its cache. CheckpointError if it is neither."""
+    path = Path(name)
+    if path.exists():
+        return path
+    if name.count("/") != 1 or name.startswith((".", "/")):
+        raise CheckpointError(f"{name}: no such folder, and no id of the Hub (owner/name)")
+    import huggingface_hub
+
+    try:
+        return Path(huggingface_hub.snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.model"]))
+    except (OSError, huggingface_hub.errors.HfHubHTTPError, huggingface_hub.errors.LocalEntryNotFoundError) as error:
+        raise CheckpointError(f"{name}: no such folder, and not to be had from the Hub: {str(error).splitlines()[0]}") from None
+
+
 def run_task(
     model: LM,
     work: Work,
@@ -107,9 +136,7 @@ def run_task(
         model.rolling = _ROLLING.get(work.name, "harness")
         model.max_length = max(model.max_length, work.length or 0)  # longer prompts are asked for by name
     # Its bootstrap takes minutes for a standard error that has a formula: ours are in `card`.
-    results = lm_eval.evaluator.evaluate(
-        model, {"tasks": {work.task: task}}, limit=limit, bootstrap_iters=0, log_samples=True
-    )
+    results = lm_eval.evaluator.evaluate(model, {"tasks": {work.task: task}}, limit=limit, bootstrap_iters=0, log_samples=True)
     assert results is not None
     samples = [_sample(sample) for sample in results["samples"][work.task]]
     metrics = _metrics(work, results["results"][work.task], samples)
@@ -167,7 +194,9 @@ def _load(
                 return documents, _build(work.task, overrides, num_fewshot)
         return documents, _build(work.task, overrides, num_fewshot)
     except (ConnectionError, OSError) as error:
-        raise DataError(f"{work.name}: its data cannot be had: {str(error).splitlines()[0]}; --data DIR needs no network") from None
+        raise DataError(
+            f"{work.name}: its data cannot be had: {str(error).splitlines()[0]}; --data DIR needs no network"
+        ) from None
 
 
 def _build(name: str, overrides: dict[str, Any], num_fewshot: int | None) -> Any:
@@ -181,7 +210,7 @@ def _build(name: str, overrides: dict[str, Any], num_fewshot: int | None) -> Any
     task = manager.load([{"group": "gdn", "task": [{"task": name, **overrides}]}])["tasks"][name]
     if num_fewshot is not None or task.get_config("num_fewshot") is None:
         task.set_config(key="num_fewshot", value=num_fewshot or 0)
-    task.set_fewshot_seed(seed=_SEED)
+    task.set_fewshot_seed(seed=SEED)
     return task
 
 
@@ -192,7 +221,9 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
         "id": sample["doc_id"],
         "document": sample["doc_hash"][:16],
         "prompt": sample["prompt_hash"][:16],
-        "target": sample["target"] if isinstance(sample["target"], list) else str(sample["target"])[:200],  # a page, of WikiText
+        "target": sample["target"]
+        if isinstance(sample["target"], list)
+        else str(sample["target"])[:200],  # a page, of WikiText
         "responses": responses,
         "metrics": {name: sample[name] for name in sample["metrics"] if sample[name] != -1.0},
     }

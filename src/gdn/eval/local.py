@@ -6,7 +6,7 @@ alone; the tasks themselves are the harness's.
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,7 +22,7 @@ class Source(NamedTuple):
     split: str
     file: str
     rows: int
-    columns: dict[str, type]
+    columns: Mapping[str, type]
 
 
 _ARC = {"question": str, "choices": dict, "answerKey": str}
@@ -61,6 +61,11 @@ class Documents(NamedTuple):
     rows: list[Document]
     left_out: int
     sha256: str
+
+
+def path_of(task: str, folder: Path) -> Path | None:
+    """The file of a task's documents; None for a task that has none here."""
+    return folder / "eval" / SOURCES[task].file if task in SOURCES else None
 
 
 def read_documents(task: str, folder: Path) -> Documents:
@@ -120,7 +125,7 @@ def _parse(path: Path, number: int, line: bytes) -> Document:
     return row
 
 
-def _check(path: Path, number: int, row: Document, columns: dict[str, type]) -> None:
+def _check(path: Path, number: int, row: Document, columns: Mapping[str, type]) -> None:
     for name, kind in columns.items():
         value = row.get(name)
         if not isinstance(value, kind):

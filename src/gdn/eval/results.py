@@ -119,7 +119,10 @@ def _compare_task(name: str, a: tuple[Path, dict[str, Any]], b: tuple[Path, dict
     if metric != right["metric"]:
         raise DataError(f"{name}: {metric} in one result, {right['metric']} in the other")
     before, after = (
-        {(sample["id"], sample["document"]): _score(sample, metric) for sample in read_samples(folder, name, task["samples_sha256"])}
+        {
+            (sample["id"], sample["document"]): _score(sample, metric)
+            for sample in read_samples(folder, name, task["samples_sha256"])
+        }
         for folder, task in (a, b)
     )
     pairs = [(value, after[key]) for key, value in before.items() if key in after]

@@ -39,7 +39,7 @@ Sizing = Literal["card", "exact"]
 def dataset(
     task: str, folder: Path, tokenizer: Any, length: int, *, sizing: Sizing = "card", samples: int = SAMPLES
 ) -> dict[str, Any]:
-    """{"test": samples} of a needle task for prompts of `length` tokens, the answer's among them, as the harness wants its data.
+    """{"test": samples} of a needle task: prompts of `length` tokens, the answer's among them, as the harness wants its data.
 
     folder holds ruler/PaulGrahamEssays.json. Raises DataError where it is not what it should be, ConfigError for a length
     that cannot be filled.
@@ -80,7 +80,9 @@ def local_essays(folder: Path) -> list[str]:
     except (FileNotFoundError, NotADirectoryError):
         raise DataError(f"{path}: no such file; expected RULER's essays as one JSON object, text") from None
     except (ValueError, KeyError, TypeError):
-        raise DataError(f"{path}: expected a JSON object with the essays' words under text; the file may be cut short") from None
+        raise DataError(
+            f"{path}: expected a JSON object with the essays' words under text; the file may be cut short"
+        ) from None
     return re.sub(r"\s+", " ", text).split(" ")
 
 

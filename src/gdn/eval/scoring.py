@@ -68,7 +68,8 @@ class Scorer:
         self._check([ids for request in requests for ids in request])
         self.tokens_asked += sum(len(context) + len(continuation) - 1 for context, continuation in requests)
         results = _Results(len(requests))
-        alone, shared = [], []
+        alone: list[_Sequence] = []
+        shared: list[_Sequence] = []
         for context, members in _by_context(requests).items():
             # A context of one token costs less than keeping its state; without choices there is nothing to share.
             if len(members) == 1 or len(context) == 1:
@@ -86,11 +87,11 @@ class Scorer:
         for batch in self._batches(shared, self.max_rows):
             state = self.model.new_state(len(batch))
             self._score([sequence._replace(row=row) for row, sequence in enumerate(batch)], state, results)
-            members = [(row, i) for row, sequence in enumerate(batch) for _, _, i in sequence.wanted]
-            for part in self._batches([_rest(requests[i], i, row) for row, i in members], self.max_rows):
+            rests = [_rest(requests[i], i, row) for row, sequence in enumerate(batch) for _, _, i in sequence.wanted]
+            for part in self._batches(rests, self.max_rows):
                 rows = torch.tensor([sequence.row for sequence in part], device=self.device)
                 self._score(part, state.select(rows), results)
-            done += len(members)
+            done += len(rests)
             if progress is not None:
                 progress(done)
         return results.collect()

@@ -1,0 +1,201 @@
+"""`gdn eval` below the command line: a path or hub id to a live table, results on disk and a page; and their comparison."""
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+
+from gdn import __version__
+from gdn.errors import CheckpointError, ConfigError
+from gdn.eval import harness, local
+from gdn.eval.card import in_errors, row_of
+from gdn.eval.results import SIGNIFICANT, Comparison, Results
+from gdn.eval.scoring import TOKEN_BUDGET, Scorer
+from gdn.files import sha256_file
+from gdn.model.load import CONFIG, load_model, read_json
+from gdn.ops.backend import choose_backend
+
+_OURS = "gated_deltanet"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What of `gdn eval` decides its numbers, and where they go."""
+
+    data: Path | None
+    tasks: tuple[str, ...] = ("card",)
+    limit: int | None = None
+    num_fewshot: int | None = None
+    ruler_lengths: tuple[int, ...] = ()
+    stream: bool = False
+    dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA, else float32
+    max_length: int | None = None
+    token_budget: int = TOKEN_BUDGET
+
+
+def evaluate(folder: Path, options: Options, out: Path, device: torch.device, console: Console) -> dict[str, dict[str, Any]]:
+    """Run the tasks on the model in `folder`, showing the table as it grows; results under `out`, finished tasks reused.
+
+    Returns each task's numbers by name, in the order asked for. Under torchrun, processes share the work and the first one
+    writes and shows. Raises GDNError for whatever of model, data, task or earlier results cannot be used; what was finished
+    before is kept.
+    """
+    if options.limit is not None and options.limit < 1:
+        raise ConfigError(f"--limit = {options.limit}; expected at least 1")
+    works = harness.plan(options.tasks, stream=options.stream, ruler_lengths=options.ruler_lengths)
+    tokenizer = harness.load_tokenizer(folder)
+    dtype = _dtype(options.dtype, device)
+    first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    table = _Table(console if first else Console(quiet=True))
+    lock = _lock(folder, options, tokenizer, device, dtype)
+    results = Results(out, lock, str(folder))
+    found = {work.name: results.finished(work.name, _data_sha256(work, options)) for work in works}
+    model: Any = None
+    with table:
+        for work in works:
+            result = found[work.name]
+            if result is None:
+                if model is None:
+                    model = _open(folder, options, tokenizer, device, dtype, table)
+                table.begin(work.name)
+                measured = harness.run_task(
+                    model, work, tokenizer, data=options.data, limit=options.limit, num_fewshot=options.num_fewshot
+                )
+                result = results.add(work.name, measured) if first else measured
+            table.add(work.name, result)
+    return {work.name: results.tasks[work.name] for work in works if work.name in results.tasks}
+
+
+def comparison_table(found: Sequence[Comparison]) -> Table:
+    """One line a task: both values, the difference on the same documents, and whether noise does as much."""
+    table = Table(title="B against A, on the documents that both scored")
+    for name in ("task", "metric", "A", "B", "B - A", "std. error", "p", "verdict", "locked items that differ"):
+        table.add_column(name, justify="right" if name in ("A", "B", "B - A", "std. error", "p") else "left")
+    for row in found:
+        verdict = "noise" if row.noise else "differs"
+        numbers = (f"{row.a:.4g}", f"{row.b:.4g}", f"{row.difference:+.4f}", f"{row.stderr:.4f}", f"{row.p:.3g}")
+        table.add_row(row.task, row.metric, *numbers, verdict, "; ".join(row.changed) or "-")
+    expected = SIGNIFICANT * len(found)
+    table.caption = f"differs: p < {SIGNIFICANT:g}; of {len(found)} tasks, noise alone makes {expected:.1f} look so"
+    return table
+
+
+@contextmanager
+def processes(device: torch.device) -> Iterator[torch.device]:
+    """Join torchrun's group for the block, if there is one; yields the device of this process."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield device
+        return
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        torch.distributed.destroy_process_group()
+
+
+class _Table:
+    """The live table: a line for each finished task, one for what is running."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self.rows: list[tuple[str, ...]] = []
+        self.notes: list[str] = []
+        self.running = ""
+        self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=not console.is_terminal)
+
+    def __enter__(self) -> "_Table":
+        if self.console.is_terminal:
+            self.live.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.running = ""
+        if self.console.is_terminal:
+            self.live.stop()
+        elif self.rows:
+            self.console.print(self._render())
+
+    def begin(self, name: str) -> None:
+        self.running = name
+
+    def progress(self, done: int, total: int) -> None:
+        self.running = f"{self.running.split(':')[0]}: {done:,} of {total:,} requests"
+
+    def add(self, name: str, result: dict[str, Any]) -> None:
+        row = row_of(name, result["metric"])
+        stderr, apart = result["stderr"], in_errors(result["value"], result["stderr"], row.published)
+        cells = [f"{result['value']:.4f}", "-" if stderr is None else f"{stderr:.4f}"]
+        cells.append("-" if row.published is None else f"{row.published:.4g}")
+        cells.append("-" if apart is None else f"{apart:+.1f}")
+        self.rows.append((row.title, result["metric"], f"{result['documents']:,}", *cells))
+        if result["left_out"]:
+            self.notes.append(f"{name}: {result['left_out']} rows of the file cannot be scored and are left out")
+        if not self.console.is_terminal:  # a log: nothing is lost if it is cut off
+            self.console.print(" ".join(self.rows[-1]), highlight=False)
+
+    def _render(self) -> Table:
+        table = Table(caption="\n".join([*self.notes, self.running]).strip() or None)
+        for name in ("task", "metric", "documents", "value", "std. error", "published", "difference in std. errors"):
+            table.add_column(name, justify="left" if name in ("task", "metric") else "right")
+        for cells in self.rows:
+            table.add_row(*cells)
+        return table
+
+
+def _open(folder: Path, options: Options, tokenizer: Any, device: torch.device, dtype: torch.dtype, table: _Table) -> Any:
+    if read_json(folder / CONFIG).get("model_type") != _OURS:
+        return harness.other_model(folder, tokenizer, device, dtype, options.max_length)
+    model = load_model(folder, dtype=dtype, device=device)
+    scorer = Scorer(model, token_budget=options.token_budget)
+    return harness.adapt(scorer, tokenizer, options.max_length, table.progress)
+
+
+def _lock(folder: Path, options: Options, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """Everything that a number may depend on, but for the tasks' own text and data, which each result holds."""
+    config = read_json(folder / CONFIG)
+    ours = config.get("model_type") == _OURS
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        raise CheckpointError(f"{folder}: no safetensors; expected the model's weights")
+    size = (int(config.get("head_dim", 256)), int(config.get("head_dim", 256) * config.get("expand_v", 1)))
+    adds = tokenizer("")["input_ids"]
+    return {
+        "gdn": __version__,
+        **{name: version(name) for name in ("lm_eval", "torch", "transformers", "tokenizers", "datasets")},
+        "model": [sha256_file(path) for path in weights],
+        "tokenizer": sha256_file(folder / "tokenizer.json") if (folder / "tokenizer.json").exists() else repr(tokenizer),
+        "dtype": str(dtype).removeprefix("torch."),
+        "backend": choose_backend("auto", device, dtype, *size) if ours else "transformers",
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
+        "bos": f"in front of every text: {adds}; rolling rows: one, or with the harness's own ({tokenizer.bos_token_id})",
+        "max_length": options.max_length or config.get("max_position_embeddings"),
+        "token_budget": options.token_budget,
+        "num_fewshot": options.num_fewshot or 0,
+        "limit": options.limit,
+        "seeds": {"few_shot": harness.SEED, "ruler": "task, length and number of each sample"},
+    }
+
+
+def _data_sha256(work: harness.Work, options: Options) -> str | None:
+    if options.data is None or work.length is not None:
+        return None
+    path = local.path_of(work.task, options.data)
+    return sha256_file(path) if path is not None and path.exists() else None
+
+
+def _dtype(name: str, device: torch.device) -> torch.dtype:
+    if name == "auto":
+        name = "bfloat16" if device.type == "cuda" else "float32"
+    dtype: torch.dtype = getattr(torch, name)
+    return dtype

@@ -1,0 +1,115 @@
+"""`gdn eval` from the command line, on a tiny model and made-up documents: table, reuse, comparison, errors."""
+
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("lm_eval")
+
+sys.path.insert(0, str(Path(__file__).parent / "eval"))
+from eval_testing import make_model, write_data, write_tokenizer
+
+from gdn.cli import main
+from gdn.eval import harness
+from gdn.model.load import save_model
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = write_tokenizer(tmp_path_factory.mktemp("model"), adds_bos=True)
+    save_model(make_model(), folder)
+    return folder
+
+
+def run(*arguments: object) -> int:
+    return main(["--quiet", "eval", *map(str, arguments)])
+
+
+def test_the_table_is_printed_and_kept(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert run(checkpoint, "--data", data, "--tasks", "arc_easy,sciq,wikitext_harness", "--stream", "--out", out) == 0
+    shown = capsys.readouterr().out
+    for words in ("ARC-Easy", "0.463", "SciQ", "1 rows of the file cannot be scored", "word_perplexity_stream", "27.6"):
+        assert words in shown
+    content = json.loads((out / "results.json").read_text())
+    assert list(content["tasks"]) == ["arc_easy", "sciq", "wikitext_harness", "wikitext_stream"]
+    assert content["lock"]["lm_eval"] == "0.4.13" and content["lock"]["dtype"] == "float32"
+    assert "[0]" in content["lock"]["bos"]
+
+
+def test_an_error_keeps_what_is_finished_and_the_next_call_reuses_it(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    assert run(checkpoint, "--data", data, "--tasks", "copa,mmlu", "--out", out) == 2
+    assert "mmlu: no local data" in capsys.readouterr().err
+    measured = []
+    original = harness.run_task
+    monkeypatch.setattr(harness, "run_task", lambda *a, **k: measured.append(a[1].name) or original(*a, **k))
+    assert run(checkpoint, "--data", data, "--tasks", "copa,piqa", "--out", out) == 0
+    assert measured == ["piqa"]
+    assert run(checkpoint, "--data", data, "--tasks", "copa,piqa", "--out", out, "--limit", 2) == 2
+    assert "another lock (limit: none, 2)" in capsys.readouterr().err
+
+
+def test_comparison_of_two_results(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, options in (("a", []), ("b", ["--max-length", "48"])):
+        assert run(checkpoint, "--data", data, "--tasks", "boolq", "--out", tmp_path / name, *options) == 0
+    capsys.readouterr()
+    assert run("compare", tmp_path / "a", tmp_path / "b") == 0
+    shown = capsys.readouterr().out
+    assert "boolq" in shown and "noise" in shown and "max_length: 96, 48" in shown
+    assert run("compare", tmp_path / "a") == 2
+    assert "takes two folders of results; got 1" in capsys.readouterr().err
+
+
+def test_what_cannot_be_evaluated_is_named(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for arguments, words in [
+        (["nowhere", "--data", data], "nowhere: no such folder, and no id of the Hub"),
+        ([checkpoint, checkpoint], "takes one checkpoint"),
+        ([checkpoint, "--data", data, "--limit", 0], "--limit = 0; expected at least 1"),
+        ([checkpoint, "--data", data, "--ruler-lengths", "4k"], "--ruler-lengths 4k: expected numbers"),
+        ([checkpoint, "--tasks", "niah_single_1"], "expected --data DIR"),
+    ]:
+        assert run(*arguments, "--out", tmp_path / "out") == 2
+        assert words in capsys.readouterr().err
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert run(checkpoint) == 2
+    assert capsys.readouterr().err == 'gdn: eval takes its tasks from lm-evaluation-harness: pip install "gdn[eval]"\n'
+
+
+def test_a_model_of_another_architecture_goes_through_the_harness(
+    data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    folder = write_tokenizer(tmp_path / "gpt2", adds_bos=False)
+    torch.manual_seed(0)
+    config = GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=96, bos_token_id=0, eos_token_id=0)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    assert run(folder, "--data", data, "--tasks", "copa", "--out", tmp_path / "out") == 0
+    content = json.loads((tmp_path / "out" / "results.json").read_text())
+    assert content["lock"]["backend"] == "transformers" and content["tasks"]["copa"]["documents"] == 4
