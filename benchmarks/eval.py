@@ -12,7 +12,6 @@ import logging
 import os
 import platform
 import sys
-import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path

@@ -54,6 +54,8 @@ def test_the_table_is_printed_and_kept(
     assert list(content["tasks"]) == ["arc_easy", "sciq", "wikitext_harness", "wikitext_stream"]
     assert content["lock"]["lm_eval"] == "0.4.13" and content["lock"]["dtype"] == "float32"
     assert "[0]" in content["lock"]["bos"]
+    page = (out / "report.html").read_text()
+    assert "ARC-Easy, right answer: 0" in page and "0.463" in page and "(1 unusable rows left out)" in page
 
 
 def test_an_error_keeps_what_is_finished_and_the_next_call_reuses_it(
@@ -71,9 +73,7 @@ def test_an_error_keeps_what_is_finished_and_the_next_call_reuses_it(
     assert "another lock (limit: none, 2)" in capsys.readouterr().err
 
 
-def test_comparison_of_two_results(
-    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_comparison_of_two_results(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, options in (("a", []), ("b", ["--max-length", "48"])):
         assert run(checkpoint, "--data", data, "--tasks", "boolq", "--out", tmp_path / name, *options) == 0
     capsys.readouterr()

@@ -383,7 +383,7 @@ def _eval(args: argparse.Namespace) -> int:
     out = args.out or (local / "eval" if local.exists() else Path("eval") / local.name)
     with processes(_device(args.device)) as device:
         evaluate(folder, options, out, device, Console())
-    print(f"{out}: results.json")
+    print(f"{out}: results.json, report.html")
     return 0
 
 

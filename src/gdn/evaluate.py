@@ -17,12 +17,15 @@ from gdn import __version__
 from gdn.errors import CheckpointError, ConfigError
 from gdn.eval import harness, local
 from gdn.eval.card import in_errors, row_of
-from gdn.eval.results import SIGNIFICANT, Comparison, Results
+from gdn.eval.results import SIGNIFICANT, Comparison, Results, read_samples
 from gdn.eval.scoring import TOKEN_BUDGET, Scorer
-from gdn.files import sha256_file
+from gdn.files import sha256_file, write_text
 from gdn.model.load import CONFIG, load_model, read_json
 from gdn.ops.backend import choose_backend
+from gdn.report.evaluation import EvaluationReport, Example, Measured, render_evaluation
+from gdn.report.figures import Cell
 
+PAGE = "report.html"
 _OURS = "gated_deltanet"
 
 
@@ -71,7 +74,48 @@ def evaluate(folder: Path, options: Options, out: Path, device: torch.device, co
                 )
                 result = results.add(work.name, measured) if first else measured
             table.add(work.name, result)
-    return {work.name: results.tasks[work.name] for work in works if work.name in results.tasks}
+    numbers = {work.name: results.tasks[work.name] for work in works if work.name in results.tasks}
+    if first:
+        samples = {name: read_samples(out, name, task["samples_sha256"]) for name, task in numbers.items()}
+        write_text(out / PAGE, render_evaluation(_report(folder, lock, numbers, samples)))
+    return numbers
+
+
+def _report(
+    folder: Path, lock: dict[str, Any], tasks: dict[str, dict[str, Any]], samples: dict[str, list[dict[str, Any]]]
+) -> EvaluationReport:
+    rows, needles, examples = [], [], []
+    for name, task in tasks.items():
+        row = row_of(name, task["metric"])
+        rows.append(
+            Measured(
+                row.title,
+                task["metric"],
+                task["value"],
+                task["stderr"],
+                row.published,
+                row.chance,
+                task["documents"],
+                task["left_out"],
+            )
+        )
+        depths: dict[int, list[float]] = {}
+        for sample in samples[name]:
+            if "depth" in sample:
+                depths.setdefault(min(4, int(5 * sample["depth"])), []).append(sample["metrics"][str(task["length"])])
+            if "prompt_end" in sample:
+                said = [f"{answer[0]:.2f}" if isinstance(answer, list) else f"{answer:.6}" for answer in sample["responses"]]
+                if isinstance(sample["responses"][0], str):  # a text that was written, not a choice that was scored
+                    answers = [(sample["responses"][0], "")]
+                else:
+                    answers = list(zip(sample["endings"], said))
+                examples.append(Example(row.title, sample["prompt_end"], tuple(answers), str(sample["target"])))
+        label = f"{name.split('@')[0]}, {task['length']:,}" if task["length"] else name
+        needles += [Cell(label, f"{depth / 5:.1f}", sum(hits) / len(hits)) for depth, hits in sorted(depths.items())]
+    needles.sort(key=lambda cell: cell.column)
+    verdict = f"{len(rows)} measurements on {sum(row.documents for row in rows):,} documents."
+    facts = [("checkpoint", str(folder)), *((name, str(value)) for name, value in lock.items())]
+    return EvaluationReport(folder.name, verdict, rows, needles, examples, facts)
 
 
 def comparison_table(found: Sequence[Comparison]) -> Table:

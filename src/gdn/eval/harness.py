@@ -36,6 +36,7 @@ _FOLDERS = {
 } | {name: name for name in ("hellaswag", "piqa", "winogrande", "sciq", "wikitext")}
 _ROLLING: dict[str, Rolling] = {"wikitext": "one_bos", "wikitext_harness": "harness", "wikitext_stream": "stream"}
 SEED = 1234  # the harness's own, of few-shot examples
+_EXAMPLES = 2  # documents of which a result keeps some text, to be read
 _MEANS = ("acc_norm", "acc", "exact_match")
 
 
@@ -227,6 +228,10 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
         "responses": responses,
         "metrics": {name: sample[name] for name in sample["metrics"] if sample[name] != -1.0},
     }
+    if sample["doc_id"] < _EXAMPLES:
+        arguments = sample["arguments"]
+        endings = [str(pair[1])[:200] if len(pair) > 1 and isinstance(pair[1], str) else "" for pair in arguments]
+        kept |= {"prompt_end": str(arguments[0][0])[-400:], "endings": endings}
     if "outputs" in sample["doc"]:
         kept["depth"] = ruler.depth(sample["doc"])
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))

@@ -51,7 +51,7 @@ class Scorer:
     def __init__(self, model: GatedDeltaNetLM, *, token_budget: int = TOKEN_BUDGET, state_bytes: int | None = None) -> None:
         if token_budget < _GRID or token_budget % _GRID:
             raise ConfigError(f"token_budget = {token_budget}; expected a multiple of {_GRID}")
-        self.model = model.eval()
+        self.model = model  # in whatever mode: nothing in it is random
         self.device = model.model.embeddings.weight.device
         self.token_budget = token_budget
         held = STATE_BYTES.get(self.device.type, 1 << 30) if state_bytes is None else state_bytes

@@ -77,6 +77,15 @@ class Histogram:
     counts: tuple[int, ...]
 
 
+@dataclass(frozen=True)
+class Cell:
+    """One cell of a heat map: a share between 0 and 1 in a named row and column."""
+
+    row: str
+    column: str
+    share: float
+
+
 def _n(value: float) -> str:
     return f"{value:.1f}".removesuffix(".0")
 
@@ -244,6 +253,25 @@ def bar_chart(bars: Sequence[Bar], label: str, digits: int = 3) -> str:
             top += 15
         top += 11
     return _svg(top, label, parts)
+
+
+def heat_map(cells: Sequence[Cell], label: str, column_label: str) -> str:
+    """Rows and columns in the order of their first cell, shares as depth of colour and as numbers; others stay empty."""
+    rows, columns = (list(dict.fromkeys(names)) for names in ((c.row for c in cells), (c.column for c in cells)))
+    if not cells:
+        return no_data(label)
+    left = min(WIDTH / 2, CHARACTER * max(map(len, rows)) + 8)
+    width, height = (WIDTH - left) / len(columns), 26.0
+    parts = [_text(left, 12, column_label, "tick")]
+    parts += [_text(left + width * (i + 0.5), 30, name, "tick", "middle") for i, name in enumerate(columns)]
+    parts += [_text(0, 54 + height * i, name, "label") for i, name in enumerate(rows)]
+    for c in cells:
+        x, y = left + width * columns.index(c.column), 36 + height * rows.index(c.row)
+        size = f'width="{_n(width - 2)}" height="{_n(height - 2)}" rx="2"'
+        title = f"<title>{html.escape(f'{c.row}, {c.column}: {c.share:.3f}')}</title>"
+        parts.append(f'<rect x="{_n(x)}" y="{_n(y)}" {size} class="highlight" opacity="{c.share:.2f}">{title}</rect>')
+        parts.append(_text(x + width / 2 - 1, y + 17, f"{100 * c.share:.0f}", "tick", "middle"))
+    return _svg(42 + height * len(rows), label, parts)
 
 
 def _row_pitch(rows: int) -> float:
