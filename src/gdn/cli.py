@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from gdn import __version__
+from gdn.cli_eval import add_eval
 from gdn.errors import CheckpointError, DataError, GDNError
 
 
@@ -127,28 +128,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add.set_defaults(command=_generate)
 
-    add = commands.add_parser("eval", help="the published table on a model, or any task of lm-evaluation-harness")
-    add.add_argument(
-        "checkpoint", nargs="+", metavar="CKPT", help="a run, a checkpoint, a Hugging Face folder or hub id; or: compare A B"
-    )
-    add.add_argument("--data", type=Path, metavar="DIR", help="folder of the tasks' documents: nothing is downloaded")
-    add.add_argument("--tasks", default="card", help="names with commas; card is the published table (default: %(default)s)")
-    add.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task")
-    add.add_argument("--num-fewshot", type=int, metavar="N", help="examples in front of each document")
-    add.add_argument(
-        "--ruler-lengths", default="", metavar="N,N", help="RULER filled to these tokens instead of the card's 2,048"
-    )
-    add.add_argument("--stream", action="store_true", help="also WikiText with the state carried across windows")
-    add.add_argument(
-        "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA, else float32"
-    )
-    add.add_argument("--max-length", type=int, metavar="N", help="tokens of context (default: the model configuration's)")
-    add.add_argument(
-        "--token-budget", type=int, default=8192, metavar="N", help="tokens of one forward pass (default: %(default)s)"
-    )
-    add.add_argument("--out", type=Path, help="folder of results (default: CKPT/eval, or eval/NAME of a hub id)")
-    add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
-    add.set_defaults(command=_eval)
+    add_eval(commands)
 
     add = commands.add_parser("export", help="a checkpoint to a Hugging Face folder, logits compared")
     add.add_argument("checkpoint", type=Path, help="a run or a checkpoint")
@@ -305,7 +285,7 @@ def _train(args: argparse.Namespace) -> int:
     from gdn.train.recipe import RunConfig
 
     run = load(RunConfig, args.recipe, args.overrides)
-    outcome = train(run, args.out or Path("runs") / run.name, _device(args.device), Console())
+    outcome = train(run, args.out or Path("runs") / run.name, find_device(args.device), Console())
     print(f"step {outcome.progress.step:,}: {outcome.checkpoint}")
     if outcome.stopped_by is not None:
         print("stopped; the same command goes on from there")
@@ -322,9 +302,9 @@ def _generate(args: argparse.Namespace) -> int:
     from gdn.ops.cpu import usable_cores
 
     sampling = Sampling(temperature=args.temperature, top_k=args.top_k, top_p=args.top_p, seed=args.seed)
-    folder = _find_checkpoint(args.checkpoint)
+    folder = find_checkpoint(args.checkpoint)
     tokenizer = load_tokenizer(folder)
-    device, dtype = _device(args.device), None if args.dtype == "auto" else getattr(torch, args.dtype)
+    device, dtype = find_device(args.device), None if args.dtype == "auto" else getattr(torch, args.dtype)
     if device.type == "cpu":
         torch.set_num_threads(min(torch.get_num_threads(), usable_cores()))
     model = for_decoding(load_model(folder, dtype=dtype), device)
@@ -349,65 +329,6 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
-def _eval(args: argparse.Namespace) -> int:
-    import os
-
-    from rich.console import Console
-
-    if args.checkpoint[0] == "compare":
-        return _compare(args.checkpoint[1:])
-    if len(args.checkpoint) != 1:
-        raise GDNError(f"eval takes one checkpoint, or compare and two results; got {' '.join(args.checkpoint)}")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise GDNError('eval takes its tasks from lm-evaluation-harness: pip install "gdn[eval]"')
-    os.environ["TQDM_DISABLE"] = "1"  # the harness's bars, which tqdm asks about when it is imported
-    if args.data is not None:
-        os.environ["HF_HUB_OFFLINE"] = "1"
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
-    from gdn.eval.harness import open_folder
-    from gdn.evaluate import Options, evaluate, processes
-
-    folder = _find_checkpoint(open_folder(args.checkpoint[0]))
-    local = Path(args.checkpoint[0])
-    options = Options(
-        data=args.data,
-        tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
-        limit=args.limit,
-        num_fewshot=args.num_fewshot,
-        ruler_lengths=_integers("--ruler-lengths", args.ruler_lengths),
-        stream=args.stream,
-        dtype=args.dtype,
-        max_length=args.max_length,
-        token_budget=args.token_budget,
-    )
-    out = args.out or (local / "eval" if local.exists() else Path("eval") / local.name)
-    with processes(_device(args.device)) as device:
-        evaluate(folder, options, out, device, Console())
-    print(f"{out}: results.json, report.html")
-    return 0
-
-
-def _compare(folders: Sequence[str]) -> int:
-    from rich.console import Console
-
-    from gdn.eval.results import compare
-    from gdn.evaluate import comparison_table
-
-    if len(folders) != 2:
-        raise GDNError(f"eval compare takes two folders of results; got {len(folders)}")
-    found, changed = compare(*map(Path, folders))
-    Console().print(comparison_table(found))
-    print("not the same in both: " + ("; ".join(changed) or "nothing that is locked"))
-    return 0
-
-
-def _integers(option: str, text: str) -> tuple[int, ...]:
-    try:
-        return tuple(int(part) for part in text.split(",") if part)
-    except ValueError:
-        raise GDNError(f"{option} {text}: expected numbers with commas, such as 4096,8192") from None
-
-
 def _export(args: argparse.Namespace) -> int:
     _need("transformers", "export", "hf")
     import torch
@@ -417,7 +338,7 @@ def _export(args: argparse.Namespace) -> int:
     from gdn.model.load import load_model
     from gdn.provenance import provenance
 
-    folder = _find_checkpoint(args.checkpoint)
+    folder = find_checkpoint(args.checkpoint)
     card = write_card(*provenance(folder, args.results))
     tokenizer = load_tokenizer(folder)
     export(load_model(folder), args.out, tokenizer_files=tokenizer.save, card=card, dtype=getattr(torch, args.dtype))
@@ -448,7 +369,7 @@ def _need(package: str, command: str, extra: str) -> None:
         raise GDNError(f'{command} needs {package}: pip install "gdn[{extra}]"')
 
 
-def _find_checkpoint(path: Path) -> Path:
+def find_checkpoint(path: Path) -> Path:
     """A model folder as it is; of a run folder its newest checkpoint."""
     from gdn.model.load import CONFIG
     from gdn.train.checkpoint import checkpoints
@@ -462,7 +383,7 @@ def _find_checkpoint(path: Path) -> Path:
     return found[-1]
 
 
-def _device(name: str) -> "torch.device":  # type: ignore[name-defined]  # noqa: F821  torch is imported late
+def find_device(name: str) -> "torch.device":  # type: ignore[name-defined]  # noqa: F821  torch is imported late
     import torch
 
     if name == "auto":

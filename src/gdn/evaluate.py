@@ -1,7 +1,7 @@
-"""`gdn eval` below the command line: a path or hub id to a live table, results on disk and a page; and their comparison."""
+"""`gdn eval` below the command line: a model folder to a live table, results on disk and a page."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -17,7 +17,7 @@ from gdn import __version__
 from gdn.errors import CheckpointError, ConfigError
 from gdn.eval import harness, local
 from gdn.eval.card import in_errors, row_of
-from gdn.eval.results import SIGNIFICANT, Comparison, Results, read_samples
+from gdn.eval.results import Results, read_samples
 from gdn.eval.scoring import TOKEN_BUDGET, Scorer
 from gdn.files import sha256_file, write_text
 from gdn.model.load import CONFIG, load_model, read_json
@@ -116,20 +116,6 @@ def _report(
     verdict = f"{len(rows)} measurements on {sum(row.documents for row in rows):,} documents."
     facts = [("checkpoint", str(folder)), *((name, str(value)) for name, value in lock.items())]
     return EvaluationReport(folder.name, verdict, rows, needles, examples, facts)
-
-
-def comparison_table(found: Sequence[Comparison]) -> Table:
-    """One line a task: both values, the difference on the same documents, and whether noise does as much."""
-    table = Table(title="B against A, on the documents that both scored")
-    for name in ("task", "metric", "A", "B", "B - A", "std. error", "p", "verdict", "locked items that differ"):
-        table.add_column(name, justify="right" if name in ("A", "B", "B - A", "std. error", "p") else "left")
-    for row in found:
-        verdict = "noise" if row.noise else "differs"
-        numbers = (f"{row.a:.4g}", f"{row.b:.4g}", f"{row.difference:+.4f}", f"{row.stderr:.4f}", f"{row.p:.3g}")
-        table.add_row(row.task, row.metric, *numbers, verdict, "; ".join(row.changed) or "-")
-    expected = SIGNIFICANT * len(found)
-    table.caption = f"differs: p < {SIGNIFICANT:g}; of {len(found)} tasks, noise alone makes {expected:.1f} look so"
-    return table
 
 
 @contextmanager
