@@ -1,7 +1,6 @@
 """`gdn eval` from the command line, on a tiny model and made-up documents: table, reuse, comparison, errors."""
 
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,7 +9,6 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-sys.path.insert(0, str(Path(__file__).parent / "eval"))
 from eval_testing import make_model, write_data, write_tokenizer
 
 from gdn.cli import main

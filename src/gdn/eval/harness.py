@@ -24,6 +24,7 @@ from gdn.eval import local, ruler
 from gdn.eval.adapter import HarnessModel, Progress, Rolling
 from gdn.eval.card import CARD, RULER_CARD, RULER_LENGTH, STREAM, mean_error, perplexity_error, row_of
 from gdn.eval.scoring import Scorer
+from gdn.model.lm import GatedDeltaNetLM
 
 _TASKS = Path(lm_eval.__file__).parent / "tasks"
 # Reading the harness's index of 13,000 tasks takes it half a minute of one core; these few are found without it.
@@ -163,6 +164,14 @@ def run_task(
         "seconds_loading": loaded - started,
         "samples": samples,
     }
+
+
+def scores(model: GatedDeltaNetLM, tokenizer: Path, tasks: Sequence[str], data: Path, limit: int) -> dict[str, float]:
+    """ "task/metric" to value of each task's first `limit` documents; errors as in `run_task`."""
+    loaded = load_tokenizer(tokenizer)
+    adapted = adapt(Scorer(model), loaded)
+    results = {work.name: run_task(adapted, work, loaded, data=data, limit=limit) for work in plan(tasks)}
+    return {f"{name}/{result['metric']}": result["value"] for name, result in results.items()}
 
 
 def _load(

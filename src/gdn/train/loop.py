@@ -86,6 +86,8 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
                 if run.eval.every and heldout is not None and (last or progress.step % run.eval.every == 0):
                     nats = heldout_loss(model, heldout, run.data.seq_len, run.data.micro_batch_size, run.eval.windows)
                     metrics.write({"step": progress.step} | nats)
+                if run.eval.tasks_every and (last or progress.step % run.eval.tasks_every == 0):
+                    metrics.write({"step": progress.step} | task_scores(model, run, loader.shards.folder / TOKENIZER))
                 if last or progress.step % run.checkpoint.every == 0 or stopped:
                     checkpoint.publish(saves, progress.step, save, run.checkpoint.keep)
                     saved_at = progress.step
@@ -119,6 +121,15 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return loss.item(), grad_norm, sum(batch.input_ids.numel() for batch in batches)
+
+
+def task_scores(model: GatedDeltaNetLM, run: RunConfig, tokenizer: Path) -> dict[str, float]:
+    """The recipe's tasks on the weights as they are, "task/metric" to value: `gdn eval`'s own code and documents."""
+    try:
+        from gdn.eval import harness
+    except ImportError:
+        raise RunError('eval.tasks_every needs lm-evaluation-harness: pip install "gdn[eval]"') from None
+    return harness.scores(model, tokenizer, run.eval.tasks, Path(run.eval.tasks_data), run.eval.tasks_limit)
 
 
 def open_data(run: RunConfig) -> tuple[Loader, TokenShards | None]:

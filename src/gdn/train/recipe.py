@@ -43,6 +43,10 @@ class OptimConfig:
 class EvalConfig:
     every: int = 0  # steps between held-out evaluations; 0: none
     windows: int = 64  # of the held-out split, from its start
+    tasks: tuple[str, ...] = ()  # of `gdn eval`, run on the weights as they are
+    tasks_every: int = 0  # steps between them; 0: none
+    tasks_limit: int = 100  # documents of each, its first: always the same ones
+    tasks_data: str = ""  # the folder of their documents, as --data of `gdn eval`
 
 
 @dataclass(frozen=True)
@@ -98,6 +102,11 @@ class RunConfig:
         for key, value in {"optim.weight_decay": optim.weight_decay, "eval.every": self.eval.every}.items():
             if value < 0:
                 raise ConfigError(f"{key} = {value}; expected 0 or more")
+        if self.eval.tasks_every < 0 or self.eval.tasks_limit <= 0:
+            got = f"{self.eval.tasks_every} and {self.eval.tasks_limit}"
+            raise ConfigError(f"eval.tasks_every and eval.tasks_limit = {got}; expected 0 or more, and more than 0")
+        if self.eval.tasks_every and not (self.eval.tasks and self.eval.tasks_data):
+            raise ConfigError("eval.tasks_every is set; expected eval.tasks and eval.tasks_data beside it")
         if not all(0 <= beta < 1 for beta in optim.betas):
             raise ConfigError(f"optim.betas = {list(optim.betas)}; expected both in [0, 1)")
         if not 0 <= optim.warmup_steps <= train.steps:
