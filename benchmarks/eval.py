@@ -12,6 +12,7 @@ import logging
 import os
 import platform
 import sys
+import time
 from datetime import date
 from importlib.metadata import version
 from pathlib import Path
@@ -86,9 +87,24 @@ def main() -> None:
     hflm = CountingHFLM(pretrained=theirs.eval(), tokenizer=tokenizer, batch_size=1, device="cpu", backend="causal")
     ours = harness.adapt(Scorer(model), tokenizer)
 
+    clock = {"model": 0.0}
+
+    def timed(method: Any) -> Any:
+        def call(requests: Any) -> Any:
+            began = time.perf_counter()
+            answers = method(requests, disable_tqdm=True)
+            clock["model"] = time.perf_counter() - began
+            return answers
+
+        return call
+
+    for lm in (ours, hflm):
+        lm.loglikelihood = timed(lm.loglikelihood)  # type: ignore[method-assign]
+
     def seconds(lm: Any, documents: int) -> tuple[float, dict[str, Any]]:
+        """What the requests took, text to scores; the harness's own work around them is the same for both."""
         result = harness.run_task(lm, work, tokenizer, data=args.data, limit=documents)
-        return result["seconds"] - result["seconds_loading"], result
+        return clock["model"], result
 
     seconds(ours, 10)
     trial = max(10, args.documents // 10)
@@ -121,6 +137,7 @@ def main() -> None:
         "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
         "versions": {name: version(name) for name in ("gdn", "torch", "transformers", "lm_eval")},
         "seconds": times,
+        "seconds_of_the_whole_task": {name: result["seconds"] for name, result in results.items()},
         "median_seconds": median,
         "speedup": median["hflm"] / median["gdn"],
         "tokens": {"gdn": results["gdn"]["tokens_computed"], "hflm": hflm.tokens, "unpadded": results["gdn"]["tokens_asked"]},

@@ -193,7 +193,7 @@ def _load(
         if num_fewshot:
             raise ConfigError(f"{work.name}: few-shot examples come from training splits, which --data does not hold")
         documents = local.read_documents(work.task, data)
-        overrides["custom_dataset"] = local.as_dataset(work.task, documents)
+        overrides["custom_dataset"] = local.as_dataset(work.task, documents, limit)
         # Splits that are not there must not be asked for.
         split = local.SOURCES[work.task].split
         overrides |= {f"{name}_split": None for name in ("training", "validation", "test") if name != split}
