@@ -1,6 +1,8 @@
 """`gdn eval` from the command line, on a tiny model and made-up documents: table, reuse, comparison, errors."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -111,3 +113,16 @@ def test_a_model_of_another_architecture_goes_through_the_harness(
     assert run(folder, "--data", data, "--tasks", "copa", "--out", tmp_path / "out") == 0
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["lock"]["backend"] == "transformers" and content["tasks"]["copa"]["documents"] == 4
+
+
+@pytest.mark.soak
+def test_two_processes_measure_what_one_does(checkpoint: Path, data: Path, tmp_path: Path) -> None:
+    arguments = ["eval", str(checkpoint), "--data", str(data), "--tasks", "hellaswag,wikitext,boolq", "--device", "cpu"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", "29713", "-m", "gdn"]
+    for name, start in (("one", [sys.executable, "-m", "gdn"]), ("two", launcher)):
+        run_ = subprocess.run([*start, *arguments, "--out", str(tmp_path / name)], capture_output=True, text=True, timeout=300)
+        assert run_.returncode == 0, run_.stderr
+    one, two = (json.loads((tmp_path / name / "results.json").read_text())["tasks"] for name in ("one", "two"))
+    for task, result in one.items():
+        assert two[task]["value"] == pytest.approx(result["value"], rel=1e-6)
+        assert two[task]["documents"] == result["documents"]

@@ -34,9 +34,7 @@ def add_eval(commands: "argparse._SubParsersAction[Any]") -> None:
         "--dtype", choices=("auto", "float32", "bfloat16"), default="auto", help="auto: bfloat16 on CUDA, else float32"
     )
     add.add_argument("--max-length", type=int, metavar="N", help="tokens of context (default: the model configuration's)")
-    add.add_argument(
-        "--token-budget", type=int, default=8192, metavar="N", help="tokens of one forward pass (default: %(default)s)"
-    )
+    add.add_argument("--token-budget", type=int, metavar="N", help="tokens of one forward pass (default: by device)")
     add.add_argument("--out", type=Path, help="folder of results (default: CKPT/eval, or eval/NAME of a hub id)")
     add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     add.set_defaults(command=_eval)

@@ -41,7 +41,7 @@ class Options:
     stream: bool = False
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA, else float32
     max_length: int | None = None
-    token_budget: int = TOKEN_BUDGET
+    token_budget: int | None = None  # tokens of one forward pass; None: by device
 
 
 def evaluate(folder: Path, options: Options, out: Path, device: torch.device, console: Console) -> dict[str, dict[str, Any]]:
@@ -210,7 +210,7 @@ def _lock(folder: Path, options: Options, tokenizer: Any, device: torch.device, 
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else device.type,
         "bos": f"in front of every text: {adds}; rolling rows: one, or with the harness's own ({tokenizer.bos_token_id})",
         "max_length": options.max_length or config.get("max_position_embeddings"),
-        "token_budget": options.token_budget,
+        "token_budget": options.token_budget or TOKEN_BUDGET.get(device.type),
         "num_fewshot": options.num_fewshot or 0,
         "limit": options.limit,
         "seeds": {"few_shot": harness.SEED, "ruler": "task, length and number of each sample"},

@@ -255,3 +255,30 @@ def test_the_first_fifty_documents_of_each_real_task_equal_hflm(test_data: Calla
         harness.run_task(theirs, work, real, data=data, limit=limit)
         # A page is a sum over thousands of tokens, in float32 there.
         same(ours.answers, hflm.answers, 1e-4, 1e-6 if work.task == "wikitext" else 2.5e-7)
+
+
+def test_processes_share_the_work(model: GatedDeltaNetLM, tokenizer: Any, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two ranks, one after the other: each computes its share alone, contexts undivided, and together they have all."""
+    recorder = Recorder(harness.adapt(Scorer(model), tokenizer))
+    harness.run_task(recorder.lm, harness.Work("hellaswag", "hellaswag"), tokenizer, data=data)
+    shares: dict[int, Any] = {}
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    computed, answers = [], []
+    for turn in (0, 1, 0):  # the first rank cannot be answered before the second has run
+        scorer = Scorer(model)
+
+        def gather(parts: list[Any], mine: Any, turn: int = turn) -> None:
+            shares[turn] = mine
+            parts[:] = [shares.get(0, []), shares.get(1, [])]
+
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda turn=turn: turn)
+        monkeypatch.setattr(torch.distributed, "all_gather_object", gather)
+        try:
+            answers = harness.adapt(scorer, tokenizer).loglikelihood(recorder.asked)
+        except AttributeError:  # the other share is not there yet
+            assert turn == 0 and len(shares) == 1
+        computed.append(scorer.tokens_computed)
+    same(answers, recorder.answers, 1e-5)
+    assert sum(computed[1:]) == recorder.lm.scorer.tokens_computed
+    assert min(computed) > 0.3 * sum(computed[1:])

@@ -69,16 +69,19 @@ def test_each_score_is_that_of_the_request_alone(model: GatedDeltaNetLM, request
     assert {score.greedy for score in got} == {True, False}
 
 
-@pytest.mark.parametrize("budget", [64, 1024, 8192, 65536])
-@pytest.mark.parametrize("rows", [3, 1000])
+@pytest.mark.parametrize(
+    ("budget", "rows", "fixed"),
+    [(64, 3, False), (1024, 1000, False), (8192, 3, False), (65536, 1000, False), (64, 3, True), (512, 20, True)],
+)
 def test_scores_do_not_depend_on_batches_or_order(
-    model: GatedDeltaNetLM, requests: list[Request], budget: int, rows: int
+    model: GatedDeltaNetLM, requests: list[Request], budget: int, rows: int, fixed: bool
 ) -> None:
     wanted = Scorer(model).likelihoods(requests)
     order = list(range(len(requests)))
     random.Random(budget).shuffle(order)
     scorer = Scorer(model, token_budget=budget, state_bytes=rows * model.new_state(1).nbytes)
     assert scorer.max_rows == rows
+    scorer.fixed = fixed  # as on a GPU
     got = scorer.likelihoods([requests[i] for i in order])
     for i, score in zip(order, got):
         assert score.total == pytest.approx(wanted[i].total, rel=1e-6, abs=1e-5)
@@ -109,13 +112,13 @@ def plain_text(model: GatedDeltaNetLM, prompt: list[int], n: int, eos: int) -> l
     return ids[len(prompt) :]
 
 
-@pytest.mark.parametrize("budget", [64, 8192])
-@pytest.mark.parametrize("rows", [2, 100])
-def test_generation_is_greedy_and_stops(model: GatedDeltaNetLM, budget: int, rows: int) -> None:
+@pytest.mark.parametrize(("budget", "rows", "fixed"), [(64, 2, False), (8192, 100, False), (64, 100, True), (256, 2, True)])
+def test_generation_is_greedy_and_stops(model: GatedDeltaNetLM, budget: int, rows: int, fixed: bool) -> None:
     rng = random.Random(2)
     prompts = [draw(rng, n) for n in (1, 5, 64, 100, 7, 200, 5)]
     eos = plain_text(model, prompts[1], 3, -1)[2]  # one text at least ends early
     scorer = Scorer(model, token_budget=budget, state_bytes=rows * model.new_state(1).nbytes)
+    scorer.fixed = fixed
     wanted = [plain_text(model, prompt, 12, eos) for prompt in prompts]
     assert min(map(len, wanted)) < 12
     assert scorer.generate(prompts, 12, {eos}) == wanted
@@ -139,3 +142,18 @@ def test_what_cannot_be_scored_is_named(model: GatedDeltaNetLM) -> None:
         Scorer(broken).likelihoods([Request([1], [2])])
     with pytest.raises(CheckpointError, match="nan"):
         Scorer(broken).generate([[1]], 1, ())
+
+
+@pytest.mark.gpu
+def test_scores_are_the_same_bits_in_any_order_and_company(requests: list[Request]) -> None:
+    config = ModelConfig(vocab_size=VOCAB, hidden_size=256, num_hidden_layers=2, num_heads=2, head_dim=128, expand_v=1.0)
+    model = GatedDeltaNetLM(config)
+    init_weights(model, "mamba", 0)
+    model = model.cuda().bfloat16()
+    many = requests * 3
+    wanted = Scorer(model, token_budget=2048).likelihoods(many)
+    for seed in range(3):
+        order = list(range(len(many)))
+        random.Random(seed).shuffle(order)
+        got = Scorer(model, token_budget=2048).likelihoods([many[i] for i in order])
+        assert [got[order.index(i)] for i in range(len(many))] == wanted

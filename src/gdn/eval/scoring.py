@@ -14,7 +14,7 @@ from gdn.errors import CheckpointError, ConfigError
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 
-TOKEN_BUDGET = 8192  # tokens of one forward pass
+TOKEN_BUDGET = {"cuda": 32768, "cpu": 2048}  # tokens of one forward pass; on CPUs what stays in the caches (docs/log.md)
 STATE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}  # of decode states held at a time; 22 MB a row at the published size
 _LOGITS = 1 << 25  # elements of one block of logits, 128 MB
 _GRID = 64  # where a long sequence may be split without a change in the GPU kernels' bits (docs/numerics.md)
@@ -48,14 +48,18 @@ class Scorer:
     tokens_computed counts what went through the model, tokens_asked what it would have been with every request read whole.
     """
 
-    def __init__(self, model: GatedDeltaNetLM, *, token_budget: int = TOKEN_BUDGET, state_bytes: int | None = None) -> None:
+    def __init__(self, model: GatedDeltaNetLM, *, token_budget: int | None = None, state_bytes: int | None = None) -> None:
+        """token_budget: of one forward pass; state_bytes: of decode states held at a time; None: by device."""
+        self.device = model.model.embeddings.weight.device
+        if token_budget is None:
+            token_budget = TOKEN_BUDGET.get(self.device.type, 2048)
         if token_budget < _GRID or token_budget % _GRID:
             raise ConfigError(f"token_budget = {token_budget}; expected a multiple of {_GRID}")
         self.model = model  # in whatever mode: nothing in it is random
-        self.device = model.model.embeddings.weight.device
         self.token_budget = token_budget
         held = STATE_BYTES.get(self.device.type, 1 << 30) if state_bytes is None else state_bytes
         self.max_rows = max(1, held // DecodeState.empty(model.config, 1, "meta").nbytes)
+        self.fixed = self.device.type == "cuda"  # every pass of one shape: see `_read`
         self.tokens_computed = 0
         self.tokens_asked = 0
 
@@ -85,11 +89,11 @@ class Scorer:
             if progress is not None:
                 progress(done)
         for batch in self._batches(shared, self.max_rows):
-            state = self.model.new_state(len(batch))
+            state = self.model.new_state(len(batch) + 1)
             self._score([sequence._replace(row=row) for row, sequence in enumerate(batch)], state, results)
             rests = [_rest(requests[i], i, row) for row, sequence in enumerate(batch) for _, _, i in sequence.wanted]
             for part in self._batches(rests, self.max_rows):
-                rows = torch.tensor([sequence.row for sequence in part], device=self.device)
+                rows = torch.tensor([*(sequence.row for sequence in part), 0], device=self.device)
                 self._score(part, state.select(rows), results)
             done += len(rests)
             if progress is not None:
@@ -143,9 +147,9 @@ class Scorer:
             yield batch
 
     def _score(self, batch: list[_Sequence], state: DecodeState | None, results: "_Results") -> None:
-        """Read a batch (state: a row for each, updated in place) and note what its requests want."""
+        """Read a batch (state: a row for each and a spare one, updated in place) and note what its requests want."""
         if len(batch) == 1 and len(batch[0].ids) > self.token_budget:
-            state = self.model.new_state(1) if state is None else state
+            state = self.model.new_state(2) if state is None else state
             for piece in _split(batch[0], self.token_budget):
                 self._score([piece], state, results)
             return
@@ -170,7 +174,10 @@ class Scorer:
         bounds = torch.searchsorted(which[order], torch.arange(0, len(unique) + block, block))
         for n, first in enumerate(range(0, len(unique), block)):
             mine = order[bounds[n] : bounds[n + 1]]
-            log_p = self._log_softmax(hidden[unique[first : first + block].to(self.device)])
+            places_here = unique[first : first + block]
+            if self.fixed:  # always so many rows: a product of another shape may round otherwise
+                places_here = torch.nn.functional.pad(places_here, (0, block - len(places_here)))
+            log_p = self._log_softmax(hidden[places_here.to(self.device)])
             rows, wanted = (which[mine] - first).to(self.device), token_ids[mine].to(self.device)
             logs[mine] = log_p[rows, wanted].cpu()
             greedy[mine] = (log_p.argmax(-1)[rows] == wanted).cpu()
@@ -178,15 +185,26 @@ class Scorer:
         results.greedy.append(greedy)
 
     def _read(self, sequences: Sequence[Sequence[int]], state: DecodeState | None) -> Tensor:
-        """Hidden states [tokens, hidden] of the sequences end to end."""
+        """Hidden states [tokens, hidden] of the sequences end to end; the state has a spare row behind theirs.
+
+        On a GPU every pass reads exactly token_budget tokens, the rest being one more sequence that nobody asked for: libraries
+        choose how to multiply, and so how to round, by the shape, which then depends on nothing else.
+        """
         lengths = [len(ids) for ids in sequences]
-        flat = torch.tensor([token for ids in sequences for token in ids], device=self.device)
+        flat = [token for ids in sequences for token in ids]
         self.tokens_computed += len(flat)
-        if len(set(lengths)) == 1 and self.device.type == "cpu":  # a batch: the same numbers to rounding, and no gathering
-            hidden = self.model.model(flat.view(len(lengths), -1), state, None, self.model.compute_dtype)
+        rows, rest = len(lengths), self.token_budget - len(flat)
+        if self.fixed and rest > 0:
+            lengths.append(rest)
+            flat += [0] * rest
+        if state is not None:
+            state = _rows(state, 0, len(lengths))
+        ids = torch.tensor(flat, device=self.device)
+        if len(set(lengths)) == 1 and not self.fixed:  # a batch: the same numbers to rounding, and no gathering
+            hidden = self.model.model(ids.view(rows, -1), state, None, self.model.compute_dtype)
             return torch.as_tensor(hidden.flatten(0, 1))
         ends = torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
-        return torch.as_tensor(self.model.model(flat[None], state, ends, self.model.compute_dtype)[0])
+        return torch.as_tensor(self.model.model(ids[None], state, ends, self.model.compute_dtype)[0])
 
     def _log_softmax(self, hidden: Tensor) -> Tensor:
         log_p = self.model.lm_head(hidden).float().log_softmax(-1)
@@ -203,8 +221,9 @@ class Scorer:
         stop: Callable[[list[int]], bool] | None,
     ) -> None:
         """Append to each text what follows its prompt."""
-        state = self.model.new_state(len(prompts))
+        state = self.model.new_state(len(prompts) + 1)
         last = torch.cat(list(self._prefill(prompts, state)))
+        state = _rows(state, 0, len(prompts))
         running = list(range(len(prompts)))  # text of each row; None of them is finished but since the last select
         for _ in range(max_new_tokens):
             chosen = self._log_softmax(last).argmax(-1)
@@ -229,16 +248,18 @@ class Scorer:
             while end < len(prompts) and tokens + len(prompts[end]) <= self.token_budget:
                 tokens += len(prompts[end])
                 end += 1
-            part = DecodeState(state.recurrent[:, row:end], state.conv[:, row:end], state.position[row:end])
+            part = _rows(state, row, end + 1)  # the next one's row is the spare one: it is emptied behind
             if tokens > self.token_budget:
                 ids = prompts[row]
                 for start in range(0, tokens, self.token_budget):
-                    hidden = self._read([ids[start : start + self.token_budget]], part)
+                    piece = ids[start : start + self.token_budget]
+                    hidden = self._read([piece], part)[: len(piece)]
                 yield hidden[-1:]
             else:
                 hidden = self._read(prompts[row:end], part)
                 ends = torch.tensor([len(ids) for ids in prompts[row:end]], device=self.device).cumsum(0)
                 yield hidden[ends - 1]
+            _rows(state, end, end + 1).reset()
             row = end
 
 
@@ -260,6 +281,11 @@ class _Results:
             totals.index_add_(0, owners, torch.cat(self.logs).double())
             misses.index_add_(0, owners, (~torch.cat(self.greedy)).long())
         return [Likelihood(total, miss == 0) for total, miss in zip(totals.tolist(), misses.tolist())]
+
+
+def _rows(state: DecodeState, start: int, end: int) -> DecodeState:
+    """A view of these rows."""
+    return DecodeState(state.recurrent[:, start:end], state.conv[:, start:end], state.position[start:end])
 
 
 def _by_context(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
