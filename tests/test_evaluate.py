@@ -11,7 +11,7 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-from eval_testing import make_model, write_data, write_tokenizer
+from eval_testing import make_documents, make_model, write_data, write_tokenizer
 
 from gdn.cli import main
 from gdn.eval import harness
@@ -126,3 +126,52 @@ def test_two_processes_measure_what_one_does(checkpoint: Path, data: Path, tmp_p
     for task, result in one.items():
         assert two[task]["value"] == pytest.approx(result["value"], rel=1e-6)
         assert two[task]["documents"] == result["documents"]
+
+
+def test_download_makes_a_folder_that_evaluates(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub and nltk's server are stand-ins: the tests have no network."""
+    import datasets
+    import nltk
+
+    asked = []
+
+    def load_dataset(path: str, name: str | None, split: str) -> list[dict[str, object]]:
+        asked.append((path, name, split))
+        if path == "baber/paul_graham_essays":
+            return [{"text": "One."}, {"text": "Two."}]
+        rows = make_documents()["boolq" if name == "boolq" else {"Rowan/hellaswag": "hellaswag"}.get(path, by_name(path, name))]
+        return [{**row, "label": int(bool(row.pop("answer")))} if name == "boolq" else row for row in rows]
+
+    def by_name(path: str, name: str | None) -> str:
+        known = {"ARC-Easy": "arc_easy", "ARC-Challenge": "arc_challenge", "winogrande_xl": "winogrande", "copa": "copa"}
+        return known.get(name or "", {"wikitext_document_level": "wikitext"}.get(path.split("/")[1], path.split("/")[1]))
+
+    def fetch(name: str, download_dir: str, quiet: bool) -> bool:
+        tables = Path(download_dir) / "tokenizers" / name / "english"
+        tables.mkdir(parents=True)
+        for file in ("abbrev_types.txt", "collocations.tab", "ortho_context.tab", "sent_starters.txt"):
+            (tables / file).write_text("")
+        return True
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    monkeypatch.setattr(nltk, "download", fetch)
+    folder = tmp_path / "made"
+    assert run("--download", folder) == 0
+    assert len(asked) == 11 and ("aps/super_glue", "boolq", "validation") in asked
+    assert run("--download", folder) == 0 and len(asked) == 11  # what is there is kept
+    for name, where in (("made", folder), ("local", data)):
+        assert run(checkpoint, "--data", where, "--tasks", "boolq,sciq,hellaswag", "--out", tmp_path / name / "out") == 0
+    made, local = (json.loads((tmp_path / name / "out" / "results.json").read_text())["tasks"] for name in ("made", "local"))
+    assert {name: task["value"] for name, task in made.items()} == {name: task["value"] for name, task in local.items()}
+    assert json.loads((folder / "ruler" / "PaulGrahamEssays.json").read_text()) == {"text": "One. Two."}
+    capsys.readouterr()
+
+    def refuse(*arguments: object, **options: object) -> None:
+        raise ConnectionError("no route")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    assert run("--download", tmp_path / "other") == 2
+    assert "Rowan/hellaswag: cannot be downloaded: no route" in capsys.readouterr().err
+    assert run(checkpoint, "--download", folder) == 2

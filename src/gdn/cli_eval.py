@@ -20,9 +20,10 @@ def add_eval(commands: "argparse._SubParsersAction[Any]") -> None:
     """Add the command to `gdn`'s."""
     add = commands.add_parser("eval", help="the published table on a model, or any task of lm-evaluation-harness")
     add.add_argument(
-        "checkpoint", nargs="+", metavar="CKPT", help="a run, a checkpoint, a Hugging Face folder or hub id; or: compare A B"
+        "checkpoint", nargs="*", metavar="CKPT", help="a run, a checkpoint, a Hugging Face folder or hub id; or: compare A B"
     )
     add.add_argument("--data", type=Path, metavar="DIR", help="folder of the tasks' documents: nothing is downloaded")
+    add.add_argument("--download", type=Path, metavar="DIR", help="make such a folder, from the network, and stop")
     add.add_argument("--tasks", default="card", help="names with commas; card is the published table (default: %(default)s)")
     add.add_argument("--limit", type=int, metavar="N", help="the first N documents of each task")
     add.add_argument("--num-fewshot", type=int, metavar="N", help="examples in front of each document")
@@ -43,16 +44,17 @@ def add_eval(commands: "argparse._SubParsersAction[Any]") -> None:
 def _eval(args: argparse.Namespace) -> int:
     from rich.console import Console
 
-    if args.checkpoint[0] == "compare":
+    if args.checkpoint[:1] == ["compare"]:
         return _compare(args.checkpoint[1:])
+    if args.download is not None and not args.checkpoint and args.data is None:
+        return _download(args.download)
+    if args.download is not None:
+        raise GDNError("eval --download DIR stands alone: it fetches the data and evaluates nothing")
     if len(args.checkpoint) != 1:
-        raise GDNError(f"eval takes one checkpoint, or compare and two results; got {' '.join(args.checkpoint)}")
-    if importlib.util.find_spec("lm_eval") is None:
-        raise GDNError('eval takes its tasks from lm-evaluation-harness: pip install "gdn[eval]"')
-    os.environ["TQDM_DISABLE"] = "1"  # the harness's bars, which tqdm asks about when it is imported
+        raise GDNError(f"eval takes one checkpoint, or compare and two results; got {' '.join(args.checkpoint) or 'none'}")
+    _need_harness()
     if args.data is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
-    logging.getLogger("lm_eval").setLevel(logging.ERROR)
     from gdn.cli import find_checkpoint, find_device
     from gdn.eval.harness import open_folder
     from gdn.evaluate import Options, evaluate, processes
@@ -75,6 +77,25 @@ def _eval(args: argparse.Namespace) -> int:
     with processes(find_device(args.device)) as device:
         evaluate(folder, options, out, device, console)
     console.print(f"{out}: results.json, report.html", highlight=False)
+    return 0
+
+
+def _need_harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise GDNError('eval takes its tasks from lm-evaluation-harness: pip install "gdn[eval]"')
+    os.environ["TQDM_DISABLE"] = "1"  # the harness's bars, which tqdm asks about when it is imported
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+
+
+def _download(folder: Path) -> int:
+    from rich.console import Console
+
+    _need_harness()
+    from gdn.eval.download import download
+
+    console = Console()
+    for there in download(folder):
+        console.print(there, highlight=False)
     return 0
 
 

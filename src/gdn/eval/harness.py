@@ -209,9 +209,15 @@ def _load(
         ) from None
 
 
-def _build(name: str, overrides: dict[str, Any], num_fewshot: int | None) -> Any:
+def task_folder(name: str) -> Path | None:
+    """Where the harness defines one of the table's tasks; None: to be found in its index."""
     folder = "ruler" if name in ruler.TASKS else _FOLDERS.get(name)
-    manager = TaskManager() if folder is None else TaskManager(include_defaults=False, include_path=str(_TASKS / folder))
+    return None if folder is None else _TASKS / folder
+
+
+def _build(name: str, overrides: dict[str, Any], num_fewshot: int | None) -> Any:
+    folder = task_folder(name)
+    manager = TaskManager() if folder is None else TaskManager(include_defaults=False, include_path=str(folder))
     if name not in manager.all_subtasks:
         near = difflib.get_close_matches(name, manager.all_subtasks, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
