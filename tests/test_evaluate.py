@@ -48,7 +48,7 @@ def test_the_table_is_printed_and_kept(
     out = tmp_path / "out"
     assert run(checkpoint, "--data", data, "--tasks", "arc_easy,sciq,wikitext_harness", "--stream", "--out", out) == 0
     shown = capsys.readouterr().out
-    for words in ("ARC-Easy", "0.463", "SciQ", "1 rows of the file cannot be scored", "word_perplexity_stream", "27.6"):
+    for words in ("ARC-Easy", "0.4630", "SciQ", "1 rows of the file cannot be scored", "word_perplexity_stream", "27.60"):
         assert words in shown
     content = json.loads((out / "results.json").read_text())
     assert list(content["tasks"]) == ["arc_easy", "sciq", "wikitext_harness", "wikitext_stream"]

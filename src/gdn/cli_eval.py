@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gdn.errors import GDNError
 
 if TYPE_CHECKING:
+    from rich.console import Console
     from rich.table import Table
 
     from gdn.eval.results import Comparison
@@ -42,7 +43,6 @@ def add_eval(commands: "argparse._SubParsersAction[Any]") -> None:
 
 
 def _eval(args: argparse.Namespace) -> int:
-    from rich.console import Console
 
     if args.checkpoint[:1] == ["compare"]:
         return _compare(args.checkpoint[1:])
@@ -59,7 +59,7 @@ def _eval(args: argparse.Namespace) -> int:
     from gdn.eval.harness import open_folder
     from gdn.evaluate import Options, evaluate, processes
 
-    console = Console()
+    console = _console()
     folder = find_checkpoint(open_folder(args.checkpoint[0]))
     local = Path(args.checkpoint[0])
     options = Options(
@@ -78,6 +78,14 @@ def _eval(args: argparse.Namespace) -> int:
         evaluate(folder, options, out, device, console)
     console.print(f"{out}: results.json, report.html", highlight=False)
     return 0
+
+
+def _console() -> "Console":
+    """Wide enough for the tables where nothing says how wide: in a log."""
+    from rich.console import Console
+
+    console = Console()
+    return console if console.is_terminal else Console(width=140)
 
 
 def _need_harness() -> None:
@@ -100,14 +108,13 @@ def _download(folder: Path) -> int:
 
 
 def _compare(folders: Sequence[str]) -> int:
-    from rich.console import Console
 
     from gdn.eval.results import compare
 
     if len(folders) != 2:
         raise GDNError(f"eval compare takes two folders of results; got {len(folders)}")
     found, changed = compare(*map(Path, folders))
-    console = Console()
+    console = _console()
     console.print(comparison_table(found))
     console.print("not the same in both: " + ("; ".join(changed) or "nothing that is locked"), highlight=False)
     return 0

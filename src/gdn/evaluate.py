@@ -165,14 +165,13 @@ class _Table:
     def add(self, name: str, result: dict[str, Any]) -> None:
         row = row_of(name, result["metric"])
         stderr, apart = result["stderr"], in_errors(result["value"], result["stderr"], row.published)
-        cells = [f"{result['value']:.4f}", "-" if stderr is None else f"{stderr:.4f}"]
-        cells.append("-" if row.published is None else f"{row.published:.4g}")
+        cells = [_number(value) for value in (result["value"], stderr, row.published)]
         cells.append("-" if apart is None else f"{apart:+.1f}")
         self.rows.append((row.title, result["metric"], f"{result['documents']:,}", *cells))
         if result["left_out"]:
             self.notes.append(f"{name}: {result['left_out']} rows of the file cannot be scored and are left out")
         if not self.console.is_terminal:  # a log: nothing is lost if it is cut off
-            self.console.print(" ".join(self.rows[-1]), highlight=False)
+            self.console.print("  ".join(self.rows[-1]), highlight=False)
 
     def _render(self) -> Table:
         table = Table(caption="\n".join([*self.notes, self.running]).strip() or None)
@@ -222,6 +221,10 @@ def _data_sha256(work: harness.Work, options: Options) -> str | None:
         return None
     path = local.path_of(work.task, options.data)
     return sha256_file(path) if path is not None and path.exists() else None
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}" if value < 10 else f"{value:,.2f}"
 
 
 def _dtype(name: str, device: torch.device) -> torch.dtype:

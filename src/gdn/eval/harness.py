@@ -19,6 +19,7 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 from transformers import AutoTokenizer
 
+import gdn.hf  # noqa: F401  so that transformers knows our folders
 from gdn.errors import CheckpointError, ConfigError, DataError
 from gdn.eval import local, ruler
 from gdn.eval.adapter import HarnessModel, Progress, Rolling
