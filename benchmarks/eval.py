@@ -65,6 +65,11 @@ class CountingHFLM(HFLM):
         return super()._model_call(inps, **options)
 
 
+def processor() -> str:
+    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{found[0].split(':')[1].strip()} ({torch.backends.cpu.get_cpu_capability()})" if found else platform.machine()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("data", type=Path)
@@ -136,7 +141,8 @@ def main() -> None:
         "what": f"HellaSwag, first {args.documents} documents, quickstart-size model, float32",
         "command": "python benchmarks/eval.py DATA " + " ".join(sys.argv[2:]),
         "date": date.today().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads",
+        "machine": f"{processor()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread(s)",
+        "load_average": os.getloadavg(),
         "versions": {name: version(name) for name in ("gdn", "torch", "transformers", "lm_eval")},
         "seconds": times,
         "processor_seconds": busy,

@@ -170,6 +170,8 @@ class _Table:
         self.rows.append((row.title, result["metric"], f"{result['documents']:,}", *cells))
         if result["left_out"]:
             self.notes.append(f"{name}: {result['left_out']} rows of the file cannot be scored and are left out")
+        if result["repeated"]:
+            self.notes.append(f"{name}: the essays are shorter than this and are repeated")
         if not self.console.is_terminal:  # a log: nothing is lost if it is cut off
             self.console.print("  ".join(self.rows[-1]), highlight=False)
 

@@ -1,5 +1,6 @@
 """RULER's samples: the harness's text, each seeded by itself, sized as the card or to the asked length."""
 
+import json
 import random
 from collections.abc import Callable
 from pathlib import Path
@@ -88,6 +89,16 @@ def test_exact_sizes_fill_the_length(task: str, length: int, data: Path, tokeniz
         tokens = len(tokenizer(sample["input"])["input_ids"]) + ruler.ANSWER
         assert tokens == sample["length"]
         assert 0.98 * length <= tokens <= length
+
+
+def test_short_essays_are_repeated_and_it_is_told(data: Path, tokenizer: Any, tmp_path: Path) -> None:
+    (tmp_path / "ruler").mkdir()
+    (tmp_path / "ruler" / "nltk_punkt_tab_english").symlink_to(data / "ruler" / "nltk_punkt_tab_english")
+    text = " ".join(f"This is sentence {n} of the essay." for n in range(60))
+    (tmp_path / "ruler" / "PaulGrahamEssays.json").write_text(json.dumps({"text": text}))
+    long, short = (make("niah_single_2", tmp_path, tokenizer, length=n, sizing="exact", samples=1)[0] for n in (2048, 600))
+    assert long["repeated"] and long["input"].count("sentence 7 of") == 4 and long["length"] >= 0.98 * 2048
+    assert "repeated" not in short and short["input"].count("sentence 7 of") == 1
 
 
 def test_the_cards_essays_run_short(data: Path, tokenizer: Any) -> None:

@@ -151,6 +151,7 @@ def run_task(
         **metrics[main],
         "metrics": metrics,
         "documents": len(samples),
+        "repeated": any(sample.get("repeated") for sample in samples),
         "left_out": 0 if documents is None else documents.left_out,
         "num_fewshot": num_fewshot or 0,
         "length": work.length,
@@ -249,7 +250,7 @@ def _sample(sample: dict[str, Any]) -> dict[str, Any]:
         endings = [str(pair[1])[:200] if len(pair) > 1 and isinstance(pair[1], str) else "" for pair in arguments]
         kept |= {"prompt_end": str(arguments[0][0])[-400:], "endings": endings}
     if "outputs" in sample["doc"]:
-        kept["depth"] = ruler.depth(sample["doc"])
+        kept |= {"depth": ruler.depth(sample["doc"]), "repeated": bool(sample["doc"].get("repeated"))}
     plain: dict[str, Any] = json.loads(json.dumps(kept, default=_plain))
     return plain
 

@@ -2,7 +2,8 @@
 
 The harness draws all samples from one generator, so that they depend on which tasks ran before; and it grows essays 500 words
 at a time, so that prompts run short. Here a sample depends on task, length and its number alone. "card" keeps the harness's
-sizes, as the published row has them; "exact" fills the asked length.
+sizes, as the published row has them; "exact" fills the asked length to the last word of an essay or the last sentence of noise
+(25 tokens), and where the essays are too short they begin again.
 """
 
 import json
@@ -30,7 +31,6 @@ TASKS = (
 )
 SAMPLES = 500
 ANSWER = 128  # tokens left for the answer, within the length
-FILL = 0.02  # "exact": how much of the length may stay empty
 LONGEST = 1 << 20
 _ESSAY_STEP, _SHORT_STEP, _STEP = 500, 5, 25  # the harness's, below 4,096 and from there on
 Sizing = Literal["card", "exact"]
@@ -121,8 +121,9 @@ def _fill(
     shape = {name: definition[name] for name in ("template", "type_haystack", "type_needle_k", "type_needle_v")}
     shape |= {"num_needle_k": keys}
     shape |= {name: definition.get(name, 1) for name in ("num_needle_v", "num_needle_q")}
+    words = len(haystack)
     if kind == "essay" and sizing == "exact":  # the essays end at about 0.69M tokens: beyond, they begin again
-        haystack = haystack * -(-length // len(haystack))
+        haystack = haystack * -(-length // words)
 
     def draw(number: int, units: int) -> tuple[str, list[str], str]:
         random.seed(f"{task} {length} {number}")  # the generator that the harness's function draws from
@@ -145,9 +146,8 @@ def _fill(
                     raise ConfigError(f"{task}: {length:,} tokens have no room for {needles} needle(s) and the question")
                 sample = draw(number, used)
                 tokens = count(sample[0])
-            if sizing == "exact" and tokens + ANSWER < (1 - FILL) * length and kind != "needle":
-                raise ConfigError(f"{task}: only {tokens + ANSWER:,} of {length:,} tokens can be filled")
-            yield _document(number, sample, tokens + ANSWER, length, shape)
+            again = {"repeated": True} if kind == "essay" and used > words else {}
+            yield _document(number, sample, tokens + ANSWER, length, shape) | again
     finally:
         random.setstate(before)
 
