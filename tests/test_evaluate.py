@@ -175,3 +175,23 @@ def test_download_makes_a_folder_that_evaluates(
     assert run("--download", tmp_path / "other") == 2
     assert "Rowan/hellaswag: cannot be downloaded: no route" in capsys.readouterr().err
     assert run(checkpoint, "--download", folder) == 2
+
+
+def test_an_id_of_the_hub(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub is a stand-in: the tests have no network."""
+    import huggingface_hub
+
+    asked = []
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda name, **options: asked.append(name) or str(checkpoint))
+    monkeypatch.chdir(tmp_path)
+    assert run("someone/small", "--data", data, "--tasks", "copa") == 0
+    assert asked == ["someone/small"] and (tmp_path / "eval" / "small" / "results.json").exists()
+
+    def refuse(name: str, **options: object) -> None:
+        raise OSError("no route")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", refuse)
+    assert run("someone/other", "--data", data) == 2
+    assert "someone/other: no such folder, and not to be had from the Hub: no route" in capsys.readouterr().err

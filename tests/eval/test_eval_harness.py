@@ -282,3 +282,29 @@ def test_processes_share_the_work(model: GatedDeltaNetLM, tokenizer: Any, data: 
     same(answers, recorder.answers, 1e-5)
     assert sum(computed[1:]) == recorder.lm.scorer.tokens_computed
     assert min(computed) > 0.3 * sum(computed[1:])
+
+
+def test_what_names_stand_for() -> None:
+    names = [work.name for work in harness.plan(["card"])]
+    assert len(names) == 15 and names[0] == "hellaswag" and names[-1] == "niah_multikey_1"
+    assert {work.length for work in harness.plan(["card"])} == {None, 2048}
+    exact = harness.plan(["card", "niah_multivalue"], ruler_lengths=[4096, 8192])
+    assert len(exact) == 11 + 5 * 2
+    assert exact[-1] == harness.Work("niah_multivalue@8192", "niah_multivalue", 8192, "exact")
+    assert harness.plan(["niah_multikey_3"]) == [harness.Work("niah_multikey_3", "niah_multikey_3", 2048, "card")]
+    assert harness.plan(["copa", "copa"], stream=True)[-1] == harness.Work("wikitext_stream", "wikitext")
+    assert len(harness.plan(["copa", "copa"])) == 1
+
+
+def test_of_several_filters_the_first_counts(model: GatedDeltaNetLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A task whose answers are read in two ways has each document twice in the harness's log."""
+    sample = {"doc_id": 7, "doc": {}, "target": "a", "arguments": [("q", {})], "resps": [["a"]], "metrics": ["exact_match"]}
+    sample |= {"doc_hash": "d", "prompt_hash": "p"}
+    logged = [sample | {"filter": rule, "exact_match": score} for rule, score in (("strict", 0.0), ("loose", 1.0))]
+    numbers = {"exact_match,strict": 0.0, "exact_match,loose": 1.0, "alias": "x"}
+    answer = {"samples": {"x": logged}, "results": {"x": numbers}, "versions": {"x": 3}}
+    monkeypatch.setattr(harness, "_load", lambda *arguments: (None, None))
+    monkeypatch.setattr(harness, "_task_hash", lambda task: "")
+    monkeypatch.setattr(harness.lm_eval.evaluator, "evaluate", lambda *arguments, **options: answer)
+    result = harness.run_task(harness.adapt(Scorer(model), tokenizer), harness.Work("x", "x"), tokenizer)
+    assert (result["documents"], result["metric"], result["value"], result["version"]) == (1, "exact_match", 0.0, "3")

@@ -141,8 +141,10 @@ def run_task(
     # Its bootstrap takes minutes for a standard error that has a formula: ours are in `card`.
     results = lm_eval.evaluator.evaluate(model, {"tasks": {work.task: task}}, limit=limit, bootstrap_iters=0, log_samples=True)
     assert results is not None
-    samples = [_sample(sample) for sample in results["samples"][work.task]]
-    metrics = _metrics(work, results["results"][work.task], samples)
+    logged = results["samples"][work.task]
+    rule = logged[0]["filter"] if logged else ""  # of ways to read an answer from a text the task's first; most have but one
+    samples = [_sample(sample) for sample in logged if sample["filter"] == rule]
+    metrics = _metrics(work, results["results"][work.task], samples, rule)
     if not samples or not metrics:
         raise DataError(f"{work.name}: the harness scored {len(samples)} documents and gave {len(metrics)} metrics")
     main = _main_metric(work.name, metrics)
@@ -221,6 +223,8 @@ def _build(name: str, overrides: dict[str, Any], num_fewshot: int | None) -> Any
     folder = task_folder(name)
     manager = TaskManager() if folder is None else TaskManager(include_defaults=False, include_path=str(folder))
     if name not in manager.all_subtasks:
+        if name in manager.all_tasks:
+            raise ConfigError(f"{name} is a group of lm-evaluation-harness's tasks; name the tasks that are in it")
         near = difflib.get_close_matches(name, manager.all_subtasks, 1)
         hint = f"; did you mean {near[0]}?" if near else ""
         raise ConfigError(f"{name}: no task of lm-evaluation-harness {lm_eval.__version__}{hint}")
@@ -259,12 +263,14 @@ def _plain(value: Any) -> Any:
     return value.item() if hasattr(value, "item") else str(value)
 
 
-def _metrics(work: Work, results: dict[str, Any], samples: list[dict[str, Any]]) -> dict[str, dict[str, float | None]]:
+def _metrics(
+    work: Work, results: dict[str, Any], samples: list[dict[str, Any]], rule: str
+) -> dict[str, dict[str, float | None]]:
     """Each metric's value as the harness aggregates it, and its standard error by formula where there is one."""
     metrics: dict[str, dict[str, float | None]] = {}
     for key, value in results.items():
-        name, _, rule = key.partition(",")
-        if not rule or name.endswith("_stderr") or not isinstance(value, int | float):
+        name, _, of = key.partition(",")
+        if of != rule or name.endswith("_stderr") or not isinstance(value, int | float):
             continue
         values = [sample["metrics"][name] for sample in samples if name in sample["metrics"]]
         if not values:
