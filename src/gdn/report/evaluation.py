@@ -63,7 +63,9 @@ def _prose(words: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    return "–" if value is None or not math.isfinite(value) else f"{value:.4g}"
+    if value is None or not math.isfinite(value):
+        return "–"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _table(rows: Sequence[Measured]) -> str:
@@ -73,12 +75,16 @@ def _table(rows: Sequence[Measured]) -> str:
         numbers = [_number(row.value), _number(row.stderr), _number(row.published), "–" if apart is None else f"{apart:+.1f}"]
         documents = f"{row.documents:,}" + (f" ({row.left_out} unusable rows left out)" if row.left_out else "")
         cells = [row.title, row.metric, documents, *numbers]
-        body += "<tr>" + "".join(f"<td>{_prose(cell)}</td>" for cell in cells) + "</tr>"
+        body += "<tr>" + "".join(f"<td{_word(n)}>{_prose(cell)}</td>" for n, cell in enumerate(cells)) + "</tr>"
     names = ("task", "metric", "documents", "value", "standard error", "published", "difference in standard errors")
-    head = "".join(f"<th>{name}</th>" for name in names)
+    head = "".join(f"<th{_word(n)}>{name}</th>" for n, name in enumerate(names))
     return (
         f'<h2>The table</h2><section class="card"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></section>'
     )
+
+
+def _word(column: int) -> str:
+    return ' class="word"' if column < 2 else ""
 
 
 def _bars(rows: Sequence[Measured]) -> str:
