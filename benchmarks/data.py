@@ -148,8 +148,18 @@ def batch(args: argparse.Namespace) -> dict[str, Any]:
                     times.append(_seconds(lambda call=call, step=step: call(step)) * 1e3)
                 row[name] = {"median": statistics.median(times), "max": max(times)}
             row["memory beside the mapped files, MB"] = _anonymous_mb() - before
+            row["wait for a step of 256 windows behind 0.5 s of other work, ms"] = _waits(loader, rng.randrange(STEPS - 10))
             results["reset_at_documents" if reset else "plain"] = row
         return results
+
+
+def _waits(loader: Any, first: int) -> dict[str, float]:
+    """ms that a training loop waits for a step's batches, from the second step on, with 0.5 s of other work a step."""
+    waits = []
+    for step in range(first, first + 9):
+        waits.append(_seconds(lambda step=step: list(loader.micro_batches(step))) * 1e3)
+        time.sleep(0.5)
+    return {"median": statistics.median(waits[1:]), "max": max(waits[1:])}
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:
