@@ -146,6 +146,7 @@ def test_sources_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         (str(tmp_path / "*.jsonl"), r"no readable file"),
         ("word", "word: no such file or folder; a dataset on the Hub is written OWNER/NAME"),
         ("nowhere://x/y", "nowhere://x/y: cannot be reached: "),
+        ("http://127.0.0.1:9/x.jsonl", "x.jsonl: cannot be reached: "),
         ("", "an empty source"),
         ("some/text", "some/text: neither a file here nor to be had from the Hub: .*refused"),
     ]:

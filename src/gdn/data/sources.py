@@ -75,7 +75,7 @@ def find_files(spec: str, *, suffixes: Collection[str] = SUFFIXES, exclude: Coll
         elif fs.exists(root):
             infos = fs.find(root, detail=True)
         else:
-            raise DataError(f"{spec}: no such file or folder{_hint(spec)}")
+            raise DataError(f"{spec}: {_absence(fs, root) or f'no such file or folder{_hint(spec)}'}")
     except DataError:
         raise
     except remote_errors(ValueError) as error:  # fsspec's for a protocol that it does not know
@@ -94,6 +94,16 @@ def find_files(spec: str, *, suffixes: Collection[str] = SUFFIXES, exclude: Coll
     if revision and any(file.suffix in ROW_SUFFIXES for file in files):  # README.md is a dataset's card, not of its text
         files = [file for file in files if file.suffix in ROW_SUFFIXES]
     return Found(_with_splits(sorted(files, key=lambda file: file.name)), revision)
+
+
+def _absence(fs: Any, root: str) -> str:
+    """What keeps a file system from answering, if it is that: fsspec takes whatever fails for a file that is not there."""
+    try:
+        fs.info(root)
+    except OSError as error:
+        cause = error.__cause__
+        return "" if cause is None or getattr(cause, "status", 0) == 404 else f"cannot be reached: {one_line(cause)}"
+    return ""
 
 
 def open_file(piece: Piece) -> BinaryIO:
