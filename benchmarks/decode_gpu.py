@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from gdn.generation import engine
 from gdn.generation.gpu_decoder import GPUDecoder, Stream
 from gdn.generation.sampling import Sampling
 from gdn.hf import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
@@ -36,6 +37,7 @@ def measure_gpu(model: GatedDeltaNetLM, tokens: int, repetitions: int, sampling:
         "decode": decode,
         "transformers generate, batch 1": {"ms": through_transformers(model, tokens)},
         "prefill": prefill(model, repetitions),
+        "context": long_context(model, tokens, sampling),
     }
 
 
@@ -67,6 +69,24 @@ def prefill(model: GatedDeltaNetLM, repetitions: int) -> dict[str, float]:
     run()
     ms = min(events(run, 3) for _ in range(repetitions))
     return {"ms": round(ms, 2), "tokens_per_second": round(1e3 * ids.numel() / ms)}
+
+
+def long_context(model: GatedDeltaNetLM, tokens: int, sampling: Sampling) -> dict[str, Any]:
+    """ms of a token after 1,024 and after 1,048,576 others read in chunks, and the memory that reading and decoding add."""
+    result: dict[str, Any] = {}
+    for length in (1 << 10, 1 << 20):
+        ids = torch.randint(model.config.vocab_size, (length,), generator=torch.Generator().manual_seed(0))
+        state = model.new_state(1)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        read_s = seconds(lambda ids=ids, state=state: engine.prefill(model, ids, state))
+        stream = Stream(GPUDecoder(model), state, sampling)
+        stream.start(0, torch.randn(1, model.config.vocab_size, device="cuda"), seed=0)
+        stream.next([0])
+        ms = statistics.median(seconds(lambda stream=stream: stream.next([0])) for _ in range(tokens)) * 1e3
+        peak = (torch.cuda.max_memory_allocated() - before) / 2**20
+        result[str(length)] = {"read_s": round(read_s, 3), "ms": round(ms, 4), "peak_mib": round(peak, 1)}
+    return result
 
 
 def through_transformers(model: GatedDeltaNetLM, tokens: int) -> float:

@@ -342,9 +342,13 @@ def main(arguments: list[str] | None = None) -> None:
         from ops_accuracy import accuracy
 
         sizes = [int(size) for size in options.sizes.split(",")]
-        results = accuracy(options.dtypes.split(","), sizes, options.quick)
-        if options.write:
-            write(options.output / f"ops_accuracy_{gpu}.json", about | {"results": results})
+        target = options.output / f"ops_accuracy_{gpu}.json"
+        accuracy(
+            options.dtypes.split(","),
+            sizes,
+            options.quick,
+            lambda results: write(target, about | {"results": results}) if options.write else None,
+        )
         return
     if options.profile or options.tune_step:
         if options.profile:

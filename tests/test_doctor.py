@@ -154,7 +154,8 @@ def on_gpu(
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"triton": ["triton"]} if version else {})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     monkeypatch.setattr(doctor_kernels, "triton_refusal", lambda *_: backend)
-    monkeypatch.setattr(doctor_kernels, "kernels", lambda device, K, V: [Check("kernels", True, f"{device} {K}")])
+    kernels = lambda device, K, V, dtype: [Check("kernels", True, f"{device} {K} {dtype}")]  # noqa: E731
+    monkeypatch.setattr(doctor_kernels, "kernels", kernels)
     monkeypatch.setattr(doctor_kernels, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
     monkeypatch.setattr(doctor_kernels, "_long_errors", lambda case, dtype: {"o": 0.0})
     return list(doctor_kernels.kernels_on_gpu())
@@ -169,7 +170,8 @@ def test_a_refused_pair_fails_and_no_kernel_is_run(monkeypatch: pytest.MonkeyPat
 def test_kernels_are_run_where_nothing_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
     pair, *kernels, long = on_gpu(monkeypatch, (9, 0), "3.6.0")
     assert pair == Check("triton", True, "3.6.0 on compute capability 9.0") and long.ok
-    assert [check.detail for check in kernels] == [f"cuda {K}" for K, V in doctor_kernels.SIZES]
+    sizes, dtypes = doctor_kernels.SIZES, doctor_kernels.TOLERANCE
+    assert [check.detail for check in kernels] == [f"cuda {K} {dtype}" for dtype in dtypes for K, V in sizes]
 
 
 def test_a_process_that_dies_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,7 +217,7 @@ def broken(module, name, *fields):
 def verdict(errors):
     return doctor_kernels._verdict("broken", errors, (torch.float32,))
 
-found = {"right": doctor_kernels.kernels("cpu", 64, 32, (torch.float32,)), "broken": []}
+found = {"right": doctor_kernels.kernels("cpu", 64, 32, torch.float32), "broken": []}
 for name, field in [("forward", "o"), ("forward", "final_state")] + [
     ("backward", field) for field in ("dq", "dk", "dv", "dg", "dbeta", "d_initial_state")
 ]:
@@ -254,9 +256,9 @@ def test_the_kernels_pass(interpreted: dict[str, list[Check]]) -> None:
     checks = by_name(interpreted["right"])
     kinds = ("rule", "convolution and rule", "steps", "packed, rule", "packed, convolution and rule")
     bits = ("same bits twice", "rows of a batch = alone")
-    assert checks.keys() == {f"triton, cpu, K = 64, V = 32, {kind}" for kind in kinds + bits}
+    assert checks.keys() == {f"triton, cpu, float32, K = 64, V = 32, {kind}" for kind in kinds + bits}
     assert [check for check in checks.values() if check.ok is not True] == []
-    assert checks["triton, cpu, K = 64, V = 32, rule"].detail.startswith("relative error at most float32 ")
+    assert checks["triton, cpu, float32, K = 64, V = 32, rule"].detail.startswith("relative error at most float32 ")
 
 
 def test_each_broken_kernel_fails(interpreted: dict[str, list[Check]]) -> None:

@@ -5,6 +5,7 @@ Every result is compared with the recurrence, in float64 on the CPU, from the sa
 
 import importlib.metadata
 import multiprocessing
+import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -89,7 +90,7 @@ def rule(device: str) -> Iterator[Check]:
 def kernels_on_gpu() -> Iterator[Check]:
     """All of `kernels` and a long sequence, if Triton is here and not refused on this GPU.
 
-    Compiling takes minutes, once: each size has a process of its own.
+    Compiling takes minutes, once, float32 the longest: each size and dtype is a task of a process for every core.
     """
     device = torch.device("cuda")
     versions = [importlib.metadata.version(name) for name in importlib.metadata.packages_distributions().get("triton", ())]
@@ -103,26 +104,29 @@ def kernels_on_gpu() -> Iterator[Check]:
     if refusal:
         yield Check("triton, kernels", None, f"not run: {refusal}")
         return
-    with ProcessPoolExecutor(len(SIZES), multiprocessing.get_context("spawn")) as pool:
+    tasks = [(K, V, dtype) for dtype in TOLERANCE for K, V in SIZES]
+    workers = min(len(tasks), os.cpu_count() or 1)
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
         try:
-            for checks in pool.map(partial(kernels, "cuda"), *zip(*SIZES)):
+            for checks in pool.map(partial(kernels, "cuda"), *zip(*tasks)):
                 yield from checks
         except BrokenProcessPool:  # a crash in a compiler or driver takes its process with it
-            yield Check("triton, kernels", False, "a process that examined them died; no other size was waited for")
+            yield Check("triton, kernels", False, "a process that examined them died; no other was waited for")
     yield _verdict(f"triton, cuda, rule, T = {LONG}", partial(_long_errors, Case("cuda", 64, 64)), tuple(TOLERANCE))
 
 
-def kernels(device: str, K: int, V: int, dtypes: Sequence[torch.dtype] = tuple(TOLERANCE)) -> list[Check]:
+def kernels(device: str, K: int, V: int, dtype: torch.dtype) -> list[Check]:
     """Every Triton kernel at this size: outputs, states, all gradients, steps; packed sequences; which bits must be equal."""
-    name, case, packed = f"triton, {device}, K = {K}, V = {V}", Case(device, K, V), Case(device, K, V, PACKED)
+    name, case, packed = f"triton, {device}, {_short(dtype)}, K = {K}, V = {V}", Case(device, K, V), Case(device, K, V, PACKED)
+    dtypes = (dtype,)
     return [
         _verdict(f"{name}, rule", partial(_rule_errors, case, "triton"), dtypes),
         _verdict(f"{name}, convolution and rule", partial(_conv_errors, case), dtypes),
         _verdict(f"{name}, steps", partial(_both_step_errors, case), dtypes),
         _verdict(f"{name}, packed, rule", partial(_rule_errors, packed, "triton"), dtypes),
         _verdict(f"{name}, packed, convolution and rule", partial(_conv_state_errors, packed), dtypes),
-        _same_bits(f"{name}, same bits twice", partial(_repeated, case, dtypes[0])),
-        _same_bits(f"{name}, rows of a batch = alone", partial(_rows, case._replace(B=2), dtypes[0])),
+        _same_bits(f"{name}, same bits twice", partial(_repeated, case, dtype)),
+        _same_bits(f"{name}, rows of a batch = alone", partial(_rows, case._replace(B=2), dtype)),
     ]
 
 

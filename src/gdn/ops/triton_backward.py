@@ -120,7 +120,7 @@ def carry_back(
     if d_initial is not None:
         _d_initial[(chunks.sequences * HV * (V // 32),)](
             q, k, *intra, do, d_initial, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
-            **sizes, BK=64, BV=32, num_warps=4,
+            **sizes | {"PRECISION": "ieee" if do.dtype == torch.float32 else "tf32x3"}, BK=64, BV=32, num_warps=4,
         )  # fmt: skip
 
 
@@ -203,7 +203,7 @@ def _d_initial(
 ):  # fmt: skip
     """Take d_initial, the gradient of the state after a sequence's first chunk, over that chunk, in place.
 
-    As `_d_states` would, but with float32's range and no 16-bit rounding: nothing comes after that would average its errors.
+    As `_d_states` would, but with float32's range and no rounding: nothing comes after that would average its errors.
     """
     NV: tl.constexpr = V // BV
     pid = tl.program_id(0)
