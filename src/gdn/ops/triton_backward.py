@@ -66,7 +66,7 @@ def backward(
         starts = X.new_empty(len(q_), HV, K, V, dtype=torch.float32)
         carry_back(q_, k_, do_, intra, None, dv_, d_states, starts, scale, inner)
         ends = chain(transitions(q_, k_, intra, scale, inner), starts, d_final_state, segments, reverse=True)
-        carry_back(q_, k_, do_, intra, ends, dv_, d_states, starts, scale, inner)
+        carry_back(q_, k_, do_, intra, ends, dv_, d_states, None if d_initial is None else starts, scale, inner)
         if d_initial is not None:
             d_initial.copy_(starts[:: segments.parts])
     if on_hopper(X, chunks) and K >= 128:
@@ -120,7 +120,7 @@ def carry_back(
     if d_initial is not None:
         _d_initial[(chunks.sequences * HV * (V // 32),)](
             q, k, *intra, do, d_initial, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
-            **sizes | {"PRECISION": "ieee" if do.dtype == torch.float32 else "tf32x3"}, BK=64, BV=32, num_warps=4,
+            **sizes, BK=64, BV=32, num_warps=4,
         )  # fmt: skip
 
 
@@ -180,13 +180,19 @@ def _d_states(
 
         before = tl.load(gates + tile * 7 + rows)
         over = tl.load(gates + tile * 7 + 63)
-        read = (do_.to(tl.float32) * (before * scale)[None, :]).to(dtype)
+        whole = do_.to(tl.float32) * (before * scale)[None, :]
+        read = whole.to(dtype)
         erased = (dv_ * -before[None, :]).to(dtype)
         D0 = tl.dot(read, q0, D0 * over, input_precision=PRECISION)
         D0 = tl.dot(erased, k0, D0, input_precision=PRECISION)
         if K > BK:
             D1 = tl.dot(read, q1, D1 * over, input_precision=PRECISION)
             D1 = tl.dot(erased, k1, D1, input_precision=PRECISION)
+        if d_initial is not None:  # which is D itself: what rounding took from `read` would be most of its error
+            rest = (whole - read.to(tl.float32)).to(dtype)
+            D0 = tl.dot(rest, q0, D0, input_precision=PRECISION)
+            if K > BK:
+                D1 = tl.dot(rest, q1, D1, input_precision=PRECISION)
 
     if d_initial is not None:  # noqa: SIM102 (as above)
         if count == 0:
@@ -203,7 +209,7 @@ def _d_initial(
 ):  # fmt: skip
     """Take d_initial, the gradient of the state after a sequence's first chunk, over that chunk, in place.
 
-    As `_d_states` would, but with float32's range and no rounding: nothing comes after that would average its errors.
+    As `_d_states` would, but with float32's range and no 16-bit rounding: nothing comes after that would average its errors.
     """
     NV: tl.constexpr = V // BV
     pid = tl.program_id(0)

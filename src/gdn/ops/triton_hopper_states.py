@@ -304,6 +304,14 @@ def _backward(
                 D0, D1, read, erased = warpgroup_mma_wait(0, deps=[D0, D1, read, erased])
             else:
                 D0, read, erased = warpgroup_mma_wait(0, deps=[D0, read, erased])
+            if d_initial is not None:  # which is D itself: what rounding took from `read` would be most of its error
+                whole = do.load(_SQUARE).to(gl.float32) * (before * scale)[None, :]
+                rest = gl.convert_layout((whole - whole.to(dtype).to(gl.float32)).to(dtype), _OPERAND)
+                D0 = warpgroup_mma(rest, q.index(slot * NK).reshape([64, BK]), D0, is_async=True)
+                D0, rest = warpgroup_mma_wait(0, deps=[D0, rest])
+                if NK == 2:
+                    D1 = warpgroup_mma(rest, q.index(slot * NK + 1).reshape([64, BK]), D1, is_async=True)
+                    D1, rest = warpgroup_mma_wait(0, deps=[D1, rest])
             fence_async_shared()
             gl.thread_barrier()
             mbarrier.arrive(empty.index(slot), count=1)
