@@ -11,6 +11,7 @@ from typing import Any
 
 from gdn import __version__
 from gdn.cli_eval import add_eval
+from gdn.cli_train import add_recipe, add_train
 from gdn.errors import CheckpointError, DataError, GDNError
 
 
@@ -54,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(command=_quickstart)
 
     add = commands.add_parser("info", help="a recipe's parameters, FLOPs, tokens, memory and time")
-    _add_recipe(add)
+    add_recipe(add)
     add.add_argument("--tokens-per-second", type=float, metavar="N", help="the speed to compute the time at")
     add.set_defaults(command=_info)
 
@@ -105,11 +106,7 @@ def _parser() -> argparse.ArgumentParser:
     add.add_argument("--eval", type=Path, required=True, metavar="FOLDER", help="of .jsonl, .txt or .raw files, one a task")
     add.set_defaults(command=_data_overlap)
 
-    add = commands.add_parser("train", help="train a recipe; the same command goes on where it stopped")
-    _add_recipe(add)
-    add.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
-    add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
-    add.set_defaults(command=_train)
+    add_train(commands)
 
     add = commands.add_parser("generate", help="continue a prompt, streamed")
     add.add_argument("checkpoint", type=Path, help="a run, a checkpoint or a Hugging Face folder")
@@ -142,11 +139,6 @@ def _parser() -> argparse.ArgumentParser:
     add = commands.add_parser("doctor", help="what this machine is, and whether the kernels are right on it")
     add.set_defaults(command=_doctor)
     return parser
-
-
-def _add_recipe(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("recipe", type=Path, help="a TOML file, see recipes/")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=value", help="settings that replace the recipe's")
 
 
 def _quickstart(args: argparse.Namespace) -> int:
@@ -275,23 +267,6 @@ def _data_overlap(args: argparse.Namespace) -> int:
     return 0
 
 
-def _train(args: argparse.Namespace) -> int:
-    import signal
-
-    from rich.console import Console
-
-    from gdn.config import load
-    from gdn.train.loop import train
-    from gdn.train.recipe import RunConfig
-
-    run = load(RunConfig, args.recipe, args.overrides)
-    outcome = train(run, args.out or Path("runs") / run.name, find_device(args.device), Console())
-    print(f"step {outcome.progress.step:,}: {outcome.checkpoint}")
-    if outcome.stopped_by is not None:
-        print("stopped; the same command goes on from there")
-    return 130 if outcome.stopped_by is signal.SIGINT else 0
-
-
 def _generate(args: argparse.Namespace) -> int:
     import torch
 
@@ -371,8 +346,8 @@ def _need(package: str, command: str, extra: str) -> None:
 
 def find_checkpoint(path: Path) -> Path:
     """A model folder as it is; of a run folder its newest checkpoint."""
+    from gdn.distributed.checkpoint import checkpoints
     from gdn.model.load import CONFIG
-    from gdn.train.checkpoint import checkpoints
     from gdn.train.loop import CHECKPOINTS
 
     if (path / CONFIG).exists():

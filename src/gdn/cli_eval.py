@@ -56,8 +56,9 @@ def _eval(args: argparse.Namespace) -> int:
     if args.data is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from gdn.cli import find_checkpoint, find_device
+    from gdn.distributed.mesh import join
     from gdn.eval.harness import open_folder
-    from gdn.evaluate import Options, evaluate, processes
+    from gdn.evaluate import Options, evaluate
 
     console = _console()
     folder = find_checkpoint(open_folder(args.checkpoint[0]))
@@ -74,7 +75,7 @@ def _eval(args: argparse.Namespace) -> int:
         token_budget=args.token_budget,
     )
     out = args.out or (local / "eval" if local.exists() else Path("eval") / local.name)
-    with processes(find_device(args.device)) as device:
+    with join(find_device(args.device)) as device:
         evaluate(folder, options, out, device, console)
     console.print(f"{out}: results.json, report.html", highlight=False)
     return 0

@@ -1,8 +1,5 @@
 """`gdn eval` below the command line: a model folder to a live table, results on disk and a page."""
 
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -116,22 +113,6 @@ def _report(
     verdict = f"{len(rows)} measurements on {sum(row.documents for row in rows):,} documents."
     facts = [("checkpoint", str(folder)), *((name, str(value)) for name, value in lock.items())]
     return EvaluationReport(folder.name, verdict, rows, needles, examples, facts)
-
-
-@contextmanager
-def processes(device: torch.device) -> Iterator[torch.device]:
-    """Join torchrun's group for the block, if there is one; yields the device of this process."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
-        yield device
-        return
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        torch.distributed.destroy_process_group()
 
 
 class _Table:

@@ -12,6 +12,7 @@ from train_testing import differences, go, make_run, saved, tensors, with_model
 
 import gdn.train.loop as loop
 from gdn.data.loader import Batch, Loader
+from gdn.distributed.mesh import Workers
 from gdn.train.optim import learning_rate
 from gdn.train.recipe import RunConfig
 from gdn.train.state import Progress, read_state
@@ -90,8 +91,8 @@ def test_finished_run_is_left_as_it_is(shards: Path, tmp_path: Path) -> None:
 def forget(key: str) -> Callable[..., Progress]:
     """A read_state that leaves one part of the optimizer's state at zero."""
 
-    def broken(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, shards: str) -> Progress:
-        progress = read_state(folder, model, optimizer, shards)  # type: ignore[arg-type]
+    def broken(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, shards: str, workers: Workers) -> Progress:
+        progress = read_state(folder, model, optimizer, shards, workers)  # type: ignore[arg-type]
         for state in optimizer.state.values():
             state[key].zero_()
         return progress
@@ -99,10 +100,10 @@ def forget(key: str) -> Callable[..., Progress]:
     return broken
 
 
-def forget_weight(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, shards: str) -> Progress:
+def forget_weight(folder: Path, model: nn.Module, optimizer: torch.optim.AdamW, shards: str, workers: Workers) -> Progress:
     kept = model.get_parameter("model.layers.1.attn.A_log")
     before = kept.detach().clone()
-    progress = read_state(folder, model, optimizer, shards)  # type: ignore[arg-type]
+    progress = read_state(folder, model, optimizer, shards, workers)  # type: ignore[arg-type]
     with torch.no_grad():
         kept.copy_(before)
     return progress
@@ -119,7 +120,7 @@ def test_control_restore_without_one_part_is_caught(
     if part == "order":
         original = Loader.micro_batches
 
-        def from_the_start(self: Loader, step: int) -> Iterator[Batch]:
+        def from_the_start(self: Loader, step: int, rank: int, world_size: int) -> Iterator[Batch]:
             return original(self, step - 3)
 
         monkeypatch.setattr(Loader, "micro_batches", from_the_start)

@@ -1,11 +1,13 @@
 """Tiny runs: generated text, its shards, a recipe, and the comparison of two checkpoints bit by bit."""
 
 import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file
 from shards_testing import prepare_texts
 from torch import Tensor
@@ -15,7 +17,6 @@ from gdn.data.tokenizer import train_bpe
 from gdn.model.config import ModelConfig
 from gdn.train.loop import CHECKPOINTS, Outcome, train
 from gdn.train.recipe import RunConfig
-from gdn.train.state import OPTIMIZER
 
 WORDS = ["the", "state", "is", "a", "matrix", "that", "forgets", "what", "it", "read", "and", "writes", "over", "every", "gate"]
 VOCAB = 300
@@ -74,9 +75,24 @@ def saved(folder: Path, step: int) -> Path:
     return folder / CHECKPOINTS / f"step-{step:08d}"
 
 
+def moments(checkpoint: Path) -> dict[str, Tensor]:
+    """The optimizer's tensors, whole, of a checkpoint made by any number of processes: rows of one tensor in several files."""
+    parts: dict[str, dict[int, Tensor]] = {}
+    for file in sorted((checkpoint / "optimizer").glob("*.safetensors")):
+        with safe_open(file, framework="pt") as stream:
+            where = json.loads(stream.metadata()["DCP_SHARDING_INFO"])
+            for name in stream.keys():  # noqa: SIM118
+                offsets = where[name]["saved_offsets"]
+                parts.setdefault(name, {})[offsets[0] if offsets else 0] = stream.get_tensor(name)
+    return {
+        name: torch.cat([rows[first] for first in sorted(rows)]) if rows[min(rows)].ndim else rows[0]
+        for name, rows in parts.items()
+    }
+
+
 def tensors(checkpoint: Path) -> dict[str, Tensor]:
     """All weights and all optimizer tensors of a checkpoint."""
-    return load_file(checkpoint / "model.safetensors") | load_file(checkpoint / OPTIMIZER)
+    return load_file(checkpoint / "model.safetensors") | moments(checkpoint)
 
 
 def differences(one: Path, other: Path) -> list[str]:

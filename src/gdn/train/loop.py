@@ -1,11 +1,11 @@
 """The training loop. One function to hold in mind: `train`."""
 
 import logging
-import math
 import signal
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple
@@ -18,16 +18,20 @@ from gdn import config as toml
 from gdn.data.loader import Batch, Loader
 from gdn.data.shards import HELDOUT, TOKENIZER, TRAIN, TokenShards
 from gdn.data.tokenizer import load_tokenizer
-from gdn.errors import CheckpointError, RunError
+from gdn.distributed import checkpoint
+from gdn.distributed.collectives import agree, clip_gradients, sum_counts, total_norm
+from gdn.distributed.mesh import ALONE, Workers, make_workers, world_size
+from gdn.distributed.parallelize import gather, mark_micro_batch, parallelize, reduce_gradients
+from gdn.errors import CheckpointError, ConfigError, RunError
 from gdn.eval.perplexity import heldout_loss
 from gdn.files import lock_folder, write_text
 from gdn.model.lm import GatedDeltaNetLM, init_weights
 from gdn.ops.cross_entropy import IGNORED
-from gdn.train import checkpoint
+from gdn.train.guard import Guard, StepResult
 from gdn.train.metrics import Display, Metrics
 from gdn.train.optim import build_optimizer, learning_rate
 from gdn.train.recipe import RunConfig
-from gdn.train.state import RECIPE, Progress, read_state, write_state
+from gdn.train.state import RECIPE, Progress, read_state, take_snapshot, write_state
 
 log = logging.getLogger(__name__)
 
@@ -45,82 +49,144 @@ class Outcome(NamedTuple):
 def train(run: RunConfig, folder: Path, device: torch.device, console: Console) -> Outcome:
     """Train `run` in `folder`, going on from its newest checkpoint; stopping anywhere and calling again changes no bit.
 
-    SIGINT or SIGTERM end it with a checkpoint after the step in hand. Raises a GDNError for a recipe, shards or checkpoint
-    that do not fit, a folder in use, and a loss or gradient that is not finite.
+    Alone, or in every process of the group that `distributed.mesh.join` joined: the same steps on the same windows, whatever
+    their number, which may change where a run stops. SIGINT or SIGTERM in any of them end it with a checkpoint. Raises a
+    GDNError for a recipe, shards or checkpoint that do not fit, a folder in use, and a loss that stays not finite.
     """
-    run.check(world_size=1)
-    with lock_folder(folder):
-        checkpoint.clean(folder)
+    plan = run.check(world_size())
+    workers = make_workers(device, run.parallel.dp_replicate)
+    with ExitStack() as stack:
+        agree(lambda: begin(run, folder, stack), workers)
         loader, heldout = open_data(run)
-        recipe, saves, fingerprint = toml.dump(run), folder / CHECKPOINTS, loader.shards.manifest.fingerprint
-        model = build_model(run, device)
-        optimizer = build_optimizer(model, run.optim)
-        progress = resume(run, folder, model, optimizer, fingerprint)
-        write_text(folder / RECIPE, recipe)
+        recipe, fingerprint = toml.dump(run), loader.shards.manifest.fingerprint
         tokenizer = load_tokenizer(loader.shards.folder / TOKENIZER)
+        model = build_model(run, device, workers)
+        optimizer = build_optimizer(model, run.optim)
+        progress = resume(run, folder, model, optimizer, fingerprint, workers)
+        agree(lambda: write_text(folder / RECIPE, recipe), workers)
 
-        def save(into: Path) -> None:
-            write_state(into, model, optimizer, progress, recipe, fingerprint)
-            tokenizer.save(into)
+        metrics = stack.enter_context(Metrics(folder, run.log.tensorboard)) if workers.first else None
+        display = stack.enter_context(
+            Display(console if workers.first else Console(quiet=True), run.train.steps, progress.step)
+        )
+        stopped = stack.enter_context(stop_signals(workers))
+        saver = stack.enter_context(checkpoint.Saver(folder / CHECKPOINTS, run.checkpoint.keep, workers))
 
-        saved_at, began = progress.step, time.monotonic() - progress.seconds
-        with (
-            Metrics(folder, run.log.tensorboard) as metrics,
-            Display(console, run.train.steps, progress.step) as display,
-            stop_signals() as stopped,
-        ):
-            while progress.step < run.train.steps and not stopped:
-                started = time.monotonic()
-                lr = learning_rate(progress.step, run.train.steps, run.optim)
-                loss, grad_norm, tokens = train_step(model, optimizer, list(loader.micro_batches(progress.step)), lr, run)
-                progress.step += 1
-                progress.tokens += tokens
-                progress.seconds = time.monotonic() - began
-                last = progress.step == run.train.steps
-                if last or progress.step % run.log.every == 0 or progress.step == 1:
-                    speed = tokens / (time.monotonic() - started)
-                    row = {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "loss": loss}
-                    row |= {"lr": lr, "grad_norm": grad_norm, "tokens_per_second": speed}
-                    metrics.write(row)
-                    display.update(row, progress.seconds / progress.step * (run.train.steps - progress.step))
-                if run.eval.every and heldout is not None and (last or progress.step % run.eval.every == 0):
-                    nats = heldout_loss(model, heldout, run.data.seq_len, run.data.micro_batch_size, run.eval.windows)
-                    metrics.write({"step": progress.step} | nats)
-                if run.eval.tasks_every and (last or progress.step % run.eval.tasks_every == 0):
-                    metrics.write({"step": progress.step} | task_scores(model, run, loader.shards.folder / TOKENIZER))
-                if last or progress.step % run.checkpoint.every == 0 or stopped:
-                    checkpoint.publish(saves, progress.step, save, run.checkpoint.keep)
-                    saved_at = progress.step
-        if saved_at != progress.step or not checkpoint.checkpoints(saves):
-            checkpoint.publish(saves, progress.step, save, run.checkpoint.keep)
-        return Outcome(progress, checkpoint.checkpoints(saves)[-1], stopped[0] if stopped else None)
+        def report(row: Mapping[str, float]) -> None:
+            if metrics is not None:
+                metrics.write(row)
+
+        def save() -> None:
+            guard.read(progress.step)
+            weights, moments = take_snapshot(model, optimizer, workers)
+            now = replace(progress)
+
+            def write(into: Path) -> None:
+                assert weights is not None
+                write_state(into, weights, now, recipe, fingerprint)
+                tokenizer.save(into)
+
+            saver.start(now.step, moments, write)
+
+        guard = Guard(run.guard, progress, folder if workers.first else None, lambda at: loader.windows(at).tolist(), report)
+        saved_at = progress.step if agree(lambda: bool(checkpoint.checkpoints(saver.folder)), workers) else -1
+        began, row_at = time.monotonic() - progress.seconds, (progress.step, time.monotonic())
+        while progress.step < run.train.steps:
+            lr = learning_rate(progress.step, run.train.steps, run.optim)
+            batches = list(loader.micro_batches(progress.step, workers.rank, workers.world_size))
+            result = train_step(model, optimizer, batches, lr, run, workers, bool(stopped))
+            progress.step += 1
+            progress.tokens += plan.tokens_per_step
+            guard.note(progress.step, result)
+            progress.seconds = time.monotonic() - began
+            last = progress.step == run.train.steps
+            if last or progress.step % run.log.every == 0 or progress.step == 1:
+                guard.read(progress.step)
+                now = time.monotonic()
+                speed = (progress.step - row_at[0]) * plan.tokens_per_step / (now - row_at[1])
+                row_at, progress.seconds = (progress.step, now), now - began
+                row = {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "loss": guard.loss}
+                row |= {"lr": lr, "grad_norm": guard.grad_norm, "tokens_per_second": speed}
+                report(row)
+                display.update(row, progress.seconds / progress.step * (run.train.steps - progress.step))
+            if guard.stopping or (workers.mesh is None and stopped):
+                break
+            if last or progress.step % run.checkpoint.every == 0:
+                save()
+                saved_at = progress.step
+            if scores := evaluate(run, model, heldout, loader.shards.folder / TOKENIZER, progress.step, workers):
+                report({"step": progress.step} | scores)
+        if saved_at != progress.step:
+            save()
+        saver.finish()
+        stopped_by = stopped[0] if stopped else signal.SIGTERM if guard.stopping else None
+        return Outcome(progress, checkpoint.checkpoints(saver.folder)[-1], stopped_by)
 
 
 def train_step(
-    model: GatedDeltaNetLM, optimizer: torch.optim.AdamW, batches: Sequence[Batch], lr: float, run: RunConfig
-) -> tuple[float, float, int]:
-    """One optimizer step: mean loss over the step's valid tokens, gradient norm before clipping, and tokens read.
+    model: GatedDeltaNetLM,
+    optimizer: torch.optim.AdamW,
+    batches: Sequence[Batch],
+    lr: float,
+    run: RunConfig,
+    workers: Workers = ALONE,
+    stop: bool = False,
+) -> StepResult:
+    """One optimizer step on this process's micro batches; `stop`: it was asked to stop. The host waits for nothing.
 
-    The sum of losses is divided by the number of valid tokens of all micro batches, so that accumulation changes nothing.
+    The sum of losses is divided by the number of valid tokens of all micro batches of all processes, so that neither changes
+    anything. A loss or gradient norm that is not finite leaves weights, moments and their step count as they were, by a flag
+    that the optimizer's kernel reads on the device.
     """
-    device = model.model.embeddings.weight.device
-    valid = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    loss = torch.zeros((), device=device)
-    for batch in batches:
-        cu_seqlens = None if batch.cu_seqlens is None else batch.cu_seqlens.to(device)
-        out = model(batch.input_ids.to(device), batch.labels.to(device), cu_seqlens=cu_seqlens)
+    parameters = list(model.parameters())
+    device = parameters[0].device
+    valid: int | Tensor = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
+    loss, stopping = torch.zeros((), device=device), torch.full((), int(stop), device=device)
+    if workers.mesh is not None:
+        valid, stopping = sum_counts((int(valid), int(stop)), device)
+    for i, batch in enumerate(batches):
+        mark_micro_batch(model, last=i == len(batches) - 1)
+        cu_seqlens = None if batch.cu_seqlens is None else _to(batch.cu_seqlens, device)
+        out = model(_to(batch.input_ids, device), _to(batch.labels, device), cu_seqlens=cu_seqlens)
         part: Tensor = out.loss_sum / valid
         part.backward()
         loss += part.detach()
-    grad_norm = torch.nn.utils.clip_grad_norm_(model.parameters(), run.train.max_grad_norm).item()
-    if not math.isfinite(grad_norm) or not math.isfinite(loss.item()):
-        windows = torch.cat([batch.window_ids for batch in batches]).tolist()
-        raise RunError(f"loss {loss.item()} or gradient norm {grad_norm} is not finite; windows of the step: {windows}")
+    if workers.mesh is not None:
+        loss = reduce_gradients(parameters, loss)
+    grad_norm = total_norm([p.grad for p in parameters if p.grad is not None], workers)
+    clip_gradients(parameters, run.train.max_grad_norm, grad_norm)
+    optimizer.found_inf = (~(loss.isfinite() & grad_norm.isfinite())).float()  # type: ignore[attr-defined]
     for group in optimizer.param_groups:
         group["lr"] = lr
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
-    return loss.item(), grad_norm, sum(batch.input_ids.numel() for batch in batches)
+    return StepResult(loss, grad_norm, stopping)
+
+
+def _to(tensor: Tensor, device: torch.device) -> Tensor:
+    """From pageable memory, a copy to a GPU would wait for all that is queued there."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def evaluate(
+    run: RunConfig, model: GatedDeltaNetLM, heldout: TokenShards | None, tokenizer: Path, step: int, workers: Workers
+) -> dict[str, float]:
+    """What the recipe wants measured after `step`: held-out loss and the scores of its tasks, "task/metric" to value."""
+    last = step == run.train.steps
+    loss_due = heldout is not None and run.eval.every and (last or step % run.eval.every == 0)
+    tasks_due = run.eval.tasks_every and (last or step % run.eval.tasks_every == 0)
+    scores: dict[str, float] = {}
+    if not loss_due and not tasks_due:
+        return scores
+    # Whole in every process: the harness shares documents out, and a sharded model would wait for processes that have none.
+    plain = model if workers.mesh is None else gather(model, next(model.parameters()).device)
+    assert plain is not None
+    if loss_due:
+        assert heldout is not None
+        scores |= heldout_loss(plain, heldout, run.data.seq_len, run.data.micro_batch_size, run.eval.windows)
+    if tasks_due:
+        scores |= task_scores(plain, run, tokenizer)
+    return scores
 
 
 def task_scores(model: GatedDeltaNetLM, run: RunConfig, tokenizer: Path) -> dict[str, float]:
@@ -130,6 +196,14 @@ def task_scores(model: GatedDeltaNetLM, run: RunConfig, tokenizer: Path) -> dict
     except ImportError:
         raise RunError('eval.tasks_every needs lm-evaluation-harness: pip install "gdn[eval]"') from None
     return harness.scores(model, tokenizer, run.eval.tasks, Path(run.eval.tasks_data), run.eval.tasks_limit)
+
+
+def begin(run: RunConfig, folder: Path, stack: ExitStack) -> None:
+    """What one process does for all: hold the folder until `stack` ends, clear it of half-written files, verify the data."""
+    stack.enter_context(lock_folder(folder))
+    checkpoint.clean(folder)
+    checkpoint.clean(folder / CHECKPOINTS)
+    open_data(run)
 
 
 def open_data(run: RunConfig) -> tuple[Loader, TokenShards | None]:
@@ -148,21 +222,36 @@ def open_data(run: RunConfig) -> tuple[Loader, TokenShards | None]:
     return loader, heldout
 
 
-def build_model(run: RunConfig, device: torch.device) -> GatedDeltaNetLM:
-    """The recipe's model with its initial weights, float32, on `device`."""
+def build_model(run: RunConfig, device: torch.device, workers: Workers = ALONE) -> GatedDeltaNetLM:
+    """The recipe's model with its initial weights, float32, on `device`; among several processes, sharded over them."""
     compute = torch.bfloat16 if run.train.dtype == "bfloat16" else torch.float32
     model = GatedDeltaNetLM(run.model, compute)
     init_weights(model, run.train.init, run.train.seed)
-    return model.to(device)
+    model = model.to(device)
+    if workers.mesh is not None:
+        parallelize(model, workers, run.parallel.cast_gates)
+    elif run.parallel.cast_gates:
+        raise ConfigError("parallel.cast_gates = true; expected processes of torchrun, whose FSDP2 does the cast")
+    return model
 
 
-def resume(run: RunConfig, folder: Path, model: GatedDeltaNetLM, optimizer: torch.optim.AdamW, fingerprint: str) -> Progress:
+def resume(
+    run: RunConfig, folder: Path, model: GatedDeltaNetLM, optimizer: torch.optim.AdamW, fingerprint: str, workers: Workers
+) -> Progress:
     """Load the newest checkpoint of the run in `folder`, after verifying it; a fresh Progress if there is none."""
-    saves = folder / CHECKPOINTS
-    checkpoint.clean(saves)
+    newest = agree(lambda: _newest(run, folder / CHECKPOINTS), workers)
+    if newest is None:
+        return Progress()
+    progress = read_state(newest, model, optimizer, fingerprint, workers)
+    if workers.first:
+        log.info("going on from %s", newest)
+    return progress
+
+
+def _newest(run: RunConfig, saves: Path) -> Path | None:
     found = checkpoint.checkpoints(saves)
     if not found:
-        return Progress()
+        return None
     checkpoint.verify(found[-1])
     before = toml.load(RunConfig, found[-1] / RECIPE)
     for section in ("data", "train", "optim"):
@@ -174,14 +263,15 @@ def resume(run: RunConfig, folder: Path, model: GatedDeltaNetLM, optimizer: torc
                     f"{found[-1]}: {section}.{key} = {theirs.get(key)!r} there, {ours.get(key)!r} in the recipe; "
                     "a run goes on only as it began"
                 )
-    progress = read_state(found[-1], model, optimizer, fingerprint)
-    log.info("going on from %s", found[-1])
-    return progress
+    return found[-1]
 
 
 @contextmanager
-def stop_signals() -> Iterator[list[signal.Signals]]:
-    """Collect the first SIGINT or SIGTERM in the yielded list; a second one acts as it did before."""
+def stop_signals(workers: Workers) -> Iterator[list[signal.Signals]]:
+    """Collect the first SIGINT or SIGTERM in the yielded list; a second one acts as it did before.
+
+    Not so among several processes: torchrun passes on what a scheduler or terminal has sent to each of them already.
+    """
     received: list[signal.Signals] = []
     previous: dict[signal.Signals, Any] = {}
 
@@ -191,7 +281,8 @@ def stop_signals() -> Iterator[list[signal.Signals]]:
 
     def note(number: int, frame: FrameType | None) -> None:
         received.append(signal.Signals(number))
-        restore()
+        if workers.mesh is None:
+            restore()
 
     for number in (signal.SIGINT, signal.SIGTERM):
         previous[number] = signal.signal(number, note)

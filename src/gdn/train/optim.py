@@ -5,6 +5,7 @@ from fnmatch import fnmatchcase
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from gdn.errors import ConfigError
 from gdn.train.recipe import OptimConfig
@@ -22,9 +23,14 @@ def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.AdamW:
         if not matches:
             raise ConfigError(f"optim.no_decay: {pattern!r} matches no parameter; names look like {next(iter(named))!r}")
         exempt |= matches
+    # Sharded and plain parameters apart: one fused kernel takes only either.
     groups = [
-        {"params": [p for name, p in named.items() if name not in exempt], "weight_decay": config.weight_decay},
-        {"params": [p for name, p in named.items() if name in exempt], "weight_decay": 0.0},
+        {
+            "params": [p for name, p in named.items() if (name in exempt) == spared and isinstance(p, DTensor) == sharded],
+            "weight_decay": 0.0 if spared else config.weight_decay,
+        }
+        for spared in (False, True)
+        for sharded in (False, True)
     ]
     groups = [group for group in groups if group["params"]]
     return torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, eps=config.eps, fused=True)

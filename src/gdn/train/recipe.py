@@ -56,6 +56,21 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
+class ParallelConfig:
+    """How torchrun's processes share a step; one process without torchrun has nothing to share."""
+
+    dp_replicate: int = 1  # copies of the sharded model: more than 1 is HSDP, a copy a node
+    dp_shard: int = -1  # processes that share one copy's weights, moments and gradients; -1: all there are for it
+    cast_gates: bool = False  # A_log and dt_bias in bf16 in the forward, as FSDP2's policy has them in flash-linear-attention
+
+
+@dataclass(frozen=True)
+class GuardConfig:
+    max_in_a_row: int = 5  # steps skipped because their loss or gradient was not finite, before the run ends
+    spike_deviations: float = 8.0  # above the median of the last losses: a row of metrics.jsonl
+
+
+@dataclass(frozen=True)
 class LogConfig:
     every: int = 10  # steps between rows of metrics.jsonl
     tensorboard: bool = False
@@ -77,7 +92,9 @@ class RunConfig:
     train: TrainConfig
     optim: OptimConfig = field(default_factory=OptimConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    guard: GuardConfig = field(default_factory=GuardConfig)
     log: LogConfig = field(default_factory=LogConfig)
 
     def check(self, world_size: int) -> Plan:
@@ -95,6 +112,9 @@ class RunConfig:
             "checkpoint.every": self.checkpoint.every,
             "checkpoint.keep": self.checkpoint.keep,
             "log.every": self.log.every,
+            "parallel.dp_replicate": self.parallel.dp_replicate,
+            "guard.max_in_a_row": self.guard.max_in_a_row,
+            "guard.spike_deviations": self.guard.spike_deviations,
         }
         for key, value in positive.items():
             if value <= 0:
@@ -113,6 +133,12 @@ class RunConfig:
             raise ConfigError(f"optim.warmup_steps = {optim.warmup_steps}; expected 0 to train.steps = {train.steps}")
         if not 0 <= optim.min_lr <= optim.lr:
             raise ConfigError(f"optim.min_lr = {optim.min_lr}; expected 0 to optim.lr = {optim.lr}")
+        replicas, shards = self.parallel.dp_replicate, self.parallel.dp_shard
+        if world_size % replicas or shards not in (-1, world_size // replicas):
+            raise ConfigError(
+                f"parallel.dp_replicate = {replicas}, parallel.dp_shard = {shards}; expected a product of {world_size}, "
+                "the number of processes (dp_shard = -1: whatever is left)"
+            )
         per_pass = data.micro_batch_size * world_size
         if data.global_batch_size % per_pass:
             raise ConfigError(

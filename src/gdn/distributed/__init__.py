@@ -1,0 +1,1 @@
+"""Many processes as one run: mesh, sharding, collectives and checkpoints. Knows no recipe."""
