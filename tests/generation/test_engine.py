@@ -10,7 +10,7 @@ from torch import Tensor
 
 from gdn.errors import CheckpointError, ConfigError
 from gdn.generation import engine
-from gdn.generation.engine import decode_dtype, for_decoding, generate, prefill
+from gdn.generation.engine import decode_dtype, for_decoding, generate, pieces, prefill
 from gdn.generation.sampling import Sampling
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.load import load_model, save_model
@@ -40,6 +40,17 @@ def test_tensors_and_lists_are_the_same_prompt() -> None:
     model, ids = tiny_model(), random_ids(9)
     texts = [list(generate(model, p, max_new_tokens=5, sampling=GREEDY)) for p in (ids, torch.tensor(ids, dtype=torch.int32))]
     assert texts[0] == texts[1]
+
+
+def test_what_stands_beyond_the_grid_is_read_alone_wherever_one_stopped_on_it() -> None:
+    """Else one token left over would be read by a step after a stop, and with its piece without one."""
+    assert list(pieces(0, 300, 128, alone=True)) == [128, 128, 44] == list(pieces(0, 300, 128, alone=False))
+    assert list(pieces(0, 257, 512, alone=True)) == [256, 1] and list(pieces(0, 257, 512, alone=False)) == [257]
+    for stop in range(64, 1025, 64):
+        first, rest = list(pieces(0, stop, 512, alone=True)), list(pieces(stop, 1061 - stop, 512, alone=True))
+        assert sum(first) == stop and sum(rest) == 1061 - stop and rest[-1] == 1061 % 64
+        assert all(size % 64 == 0 for size in first + rest[:-1])
+    assert list(pieces(70, 10, 512, alone=True)) == [10]  # from within a chunk of the rule on: nothing to cut
 
 
 @pytest.mark.parametrize("prefill_chunk", [64, 128, 320])

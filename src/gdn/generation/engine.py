@@ -103,14 +103,26 @@ def draw_seed(seed: int, position: int) -> int:
 
 
 def read_prompt(read: "Reader", ids: Tensor, state: DecodeState, prefill_chunk: int) -> Tensor:
-    # Cut at multiples of the chunk counted from the first token ever read: the same cuts however often one stopped.
-    start, total = int(state.position[0]), ids.shape[1]
-    done, logits = 0, ids.new_empty(0)
-    while done < total:
-        end = min(total, done + prefill_chunk - (start + done) % prefill_chunk)
-        logits = read(ids[:, done:end], state)
-        done = end
+    logits, done = ids.new_empty(0), 0
+    for size in pieces(int(state.position[0]), ids.shape[1], prefill_chunk, alone=ids.is_cuda):
+        logits = read(ids[:, done : done + size], state)
+        done += size
     return logits
+
+
+def pieces(start: int, total: int, chunk: int, *, alone: bool) -> Iterator[int]:
+    """Sizes of the pieces that `total` tokens are read in after `start` others.
+
+    Cut at multiples of the chunk counted from the first token ever read: the same cuts however often one stopped. alone: what
+    stands after the last multiple of GRID is a piece of its own, so that it is one wherever on the grid the text was cut before.
+    """
+    end = start + total
+    while start < end:
+        stop = min(end, start + chunk - start % chunk)
+        if alone and stop == end and end - end % GRID > start:
+            stop = end - end % GRID
+        yield stop - start
+        start = stop
 
 
 Reader = Callable[[Tensor, DecodeState], Tensor]
