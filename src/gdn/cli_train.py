@@ -14,6 +14,7 @@ def add_train(commands: "argparse._SubParsersAction[Any]") -> None:
     add_recipe(add)
     add.add_argument("--out", type=Path, help="run folder (default: runs/NAME)")
     add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
+    add.add_argument("--profile", action="store_true", help="watch steps 10 to 13 (log.profile_steps): OUT/profile")
     add.set_defaults(command=_train)
 
 
@@ -34,7 +35,7 @@ def _train(args: argparse.Namespace) -> int:
     from gdn.train.loop import train
     from gdn.train.recipe import RunConfig
 
-    run = load(RunConfig, args.recipe, args.overrides)
+    run = load(RunConfig, args.recipe, [*(["log.profile_steps=[10, 13]"] if args.profile else []), *args.overrides])
     console = Console()
     with join(find_device(args.device)) as device:
         outcome = train(run, args.out or Path("runs") / run.name, device, console)

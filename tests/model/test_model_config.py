@@ -3,10 +3,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from gdn.errors import ConfigError
 from gdn.model.config import ModelConfig
-from gdn.model.lm import GatedDeltaNetLM
+from gdn.model.lm import GatedDeltaNetLM, init_weights
+from gdn.ops import chunked
 
 PUBLISHED = ModelConfig(hidden_size=1024, num_heads=4, expand_v=1.0)
 
@@ -52,6 +54,37 @@ def test_flops_follow_the_weights() -> None:
         flops.projections * 4 / 5, rel=1e-2
     )
     assert dataclasses.replace(PUBLISHED, use_short_conv=False).flops_per_token(1).convolution == 0
+
+
+def test_flops_against_torchs_own_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every product of matrices in the model as torch counts it; the convolution, which is none, stands by hand above.
+
+    In chunks of 64 as the GPU kernels have them.
+    """
+    monkeypatch.setattr(chunked, "_chunk_size", lambda T, width: 64)
+    config = ModelConfig(
+        vocab_size=97, hidden_size=48, num_hidden_layers=2, num_heads=2, num_v_heads=4, head_dim=32, expand_v=2.0
+    )
+    model = GatedDeltaNetLM(config)
+    init_weights(model, "mamba", 0)
+    B, T = 2, 128
+    ids = torch.zeros(B, T, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    counts = {name: sum(by_operator.values()) for name, by_operator in counter.get_flop_counts().items()}
+
+    def counted(*names: str) -> int:
+        return sum(flops for name, flops in counts.items() if name.rpartition(".")[2] in names)
+
+    flops = config.flops_per_token(T)
+    projections = [f"{name}_proj" for name in "qkvabgo"]
+    assert counted(*projections) == B * T * flops.projections
+    assert counted("mlp") == B * T * flops.ffn
+    assert counted("lm_head") == B * T * flops.head
+    inverse = (
+        config.num_hidden_layers * config.value_heads * 64 * 64
+    )  # of the triangular matrix, by blocks: not counted as work
+    assert counted("attn") == B * T * (flops.projections + flops.rule + inverse)
 
 
 def test_json_round_trip(switches: dict[str, Any]) -> None:

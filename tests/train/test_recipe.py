@@ -48,12 +48,12 @@ def test_recipe_that_cannot_run(message: str, changes: dict[str, Any], tmp_path:
 
 
 def test_metrics_rows(tmp_path: Path) -> None:
-    with Metrics(tmp_path, tensorboard=False) as metrics:
+    with Metrics(tmp_path, make_run(tmp_path)) as metrics:
         metrics.write({"step": 1, "loss": math.nan})
     with (tmp_path / METRICS).open("a") as stream:
         stream.write('{"step": 2, "lo')
     assert read_metrics(tmp_path) == [{"step": 1, "loss": None}]
-    with Metrics(tmp_path, tensorboard=False) as metrics:
+    with Metrics(tmp_path, make_run(tmp_path)) as metrics:
         metrics.write({"step": 2, "loss": 0.5})
     assert read_metrics(tmp_path) == [{"step": 1, "loss": None}, {"step": 2, "loss": 0.5}]
 

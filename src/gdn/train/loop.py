@@ -28,6 +28,7 @@ from gdn.files import lock_folder, write_text
 from gdn.model.lm import GatedDeltaNetLM, init_weights
 from gdn.ops.cross_entropy import IGNORED
 from gdn.train.guard import Guard, StepResult
+from gdn.train.meter import Meter, ProfilerWindow, measure_peak
 from gdn.train.metrics import Display, Metrics
 from gdn.train.optim import build_optimizer, learning_rate
 from gdn.train.recipe import RunConfig
@@ -65,10 +66,11 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
         progress = resume(run, folder, model, optimizer, fingerprint, workers)
         agree(lambda: write_text(folder / RECIPE, recipe), workers)
 
-        metrics = stack.enter_context(Metrics(folder, run.log.tensorboard)) if workers.first else None
+        metrics = stack.enter_context(Metrics(folder, run)) if workers.first else None
         display = stack.enter_context(
             Display(console if workers.first else Console(quiet=True), run.train.steps, progress.step)
         )
+        profiler = stack.enter_context(ProfilerWindow(folder, run.log.profile_steps if workers.first else None, device))
         stopped = stack.enter_context(stop_signals(workers))
         saver = stack.enter_context(checkpoint.Saver(folder / CHECKPOINTS, run.checkpoint.keep, workers))
 
@@ -90,32 +92,35 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
 
         guard = Guard(run.guard, progress, folder if workers.first else None, lambda at: loader.windows(at).tolist(), report)
         saved_at = progress.step if agree(lambda: bool(checkpoint.checkpoints(saver.folder)), workers) else -1
-        began, row_at = time.monotonic() - progress.seconds, (progress.step, time.monotonic())
+        meter = Meter(device, run.model.flops_per_token(run.data.seq_len).total, workers.world_size, measure_peak(device))
+        began = time.monotonic() - progress.seconds
         while progress.step < run.train.steps:
             lr = learning_rate(progress.step, run.train.steps, run.optim)
-            batches = list(loader.micro_batches(progress.step, workers.rank, workers.world_size))
+            profiler.before(progress.step + 1)
+            with meter.waiting():
+                batches = list(loader.micro_batches(progress.step, workers.rank, workers.world_size))
             result = train_step(model, optimizer, batches, lr, run, workers, bool(stopped))
             progress.step += 1
             progress.tokens += plan.tokens_per_step
             guard.note(progress.step, result)
+            meter.step(plan.tokens_per_step)
             progress.seconds = time.monotonic() - began
             last = progress.step == run.train.steps
             if last or progress.step % run.log.every == 0 or progress.step == 1:
                 guard.read(progress.step)
-                now = time.monotonic()
-                speed = (progress.step - row_at[0]) * plan.tokens_per_step / (now - row_at[1])
-                row_at, progress.seconds = (progress.step, now), now - began
+                progress.seconds = time.monotonic() - began
                 row = {"step": progress.step, "tokens": progress.tokens, "seconds": progress.seconds, "loss": guard.loss}
-                row |= {"lr": lr, "grad_norm": guard.grad_norm, "tokens_per_second": speed}
+                row |= {"lr": lr, "grad_norm": guard.grad_norm} | meter.row(run.train.steps - progress.step)
                 report(row)
-                display.update(row, progress.seconds / progress.step * (run.train.steps - progress.step))
+                display.update(row)
             if guard.stopping or (workers.mesh is None and stopped):
                 break
-            if last or progress.step % run.checkpoint.every == 0:
-                save()
-                saved_at = progress.step
-            if scores := evaluate(run, model, heldout, loader.shards.folder / TOKENIZER, progress.step, workers):
-                report({"step": progress.step} | scores)
+            with meter.aside():
+                if last or progress.step % run.checkpoint.every == 0:
+                    save()
+                    saved_at = progress.step
+                if scores := evaluate(run, model, heldout, loader.shards.folder / TOKENIZER, progress.step, workers):
+                    report({"step": progress.step} | scores)
         if saved_at != progress.step:
             save()
         saver.finish()

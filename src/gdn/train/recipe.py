@@ -74,6 +74,9 @@ class GuardConfig:
 class LogConfig:
     every: int = 10  # steps between rows of metrics.jsonl
     tensorboard: bool = False
+    wandb: bool = False  # Weights & Biases; WANDB_MODE=offline keeps it on this machine
+    wandb_project: str = "gdn"
+    profile_steps: tuple[int, int] | None = None  # first and last step, from 1, that PyTorch's profiler watches
 
 
 class Plan(NamedTuple):
@@ -127,6 +130,9 @@ class RunConfig:
             raise ConfigError(f"eval.tasks_every and eval.tasks_limit = {got}; expected 0 or more, and more than 0")
         if self.eval.tasks_every and not (self.eval.tasks and self.eval.tasks_data):
             raise ConfigError("eval.tasks_every is set; expected eval.tasks and eval.tasks_data beside it")
+        window = self.log.profile_steps
+        if window is not None and not 1 <= window[0] <= window[1]:
+            raise ConfigError(f"log.profile_steps = {list(window)}; expected a first step of at least 1, and a last one")
         if not all(0 <= beta < 1 for beta in optim.betas):
             raise ConfigError(f"optim.betas = {list(optim.betas)}; expected both in [0, 1)")
         if not 0 <= optim.warmup_steps <= train.steps:
