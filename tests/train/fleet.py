@@ -10,6 +10,8 @@ import os
 import signal
 import socket
 import sys
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -37,8 +39,8 @@ def free_port() -> int:
         return port
 
 
-def start(rank: int, processes: int, port: int, arguments: list[str], stop: int | None = None) -> int:
-    """Fork the process `rank` of so many; returns its id."""
+def start(rank: int, processes: int, port: int, arguments: list[str], first: Callable[[], None] | None = None) -> int:
+    """Fork the process `rank` of so many, which does `first` before all else; returns its id."""
     child = os.fork()
     if child:
         return child
@@ -46,8 +48,8 @@ def start(rank: int, processes: int, port: int, arguments: list[str], stop: int 
     if processes:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": processes, "RANK": rank, "LOCAL_RANK": rank}
         os.environ |= {key: str(value) for key, value in place.items()}
-    if stop is not None:
-        stop_in(stop)
+    if first is not None:
+        first()
     os.dup2(2, 1)
     os._exit(gdn.cli.main(arguments))
 
@@ -57,8 +59,8 @@ def main(recipe: str, out: Path, phases: list[dict]) -> None:  # type: ignore[ty
     for phase in phases:
         count, port = phase.get("processes", 0), free_port()
         arguments = ["--quiet", "train", recipe, *phase.get("more", []), "--out", str(out), "--device", "cpu"]
-        ranks = range(max(1, count))
-        children = [start(r, count, port, arguments, phase.get("stop") if r == ranks[-1] else None) for r in ranks]
+        ranks, stop = range(max(1, count)), partial(stop_in, phase["stop"]) if "stop" in phase else None
+        children = [start(rank, count, port, arguments, stop if rank == ranks[-1] else None) for rank in ranks]
         codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
     sys.stdout.write(json.dumps(codes))
 

@@ -1,4 +1,4 @@
-"""Runs `gdn train` in a child process again and again, killing it at seeded moments: `killer.py RECIPE OUT SEED N`.
+"""Runs `gdn train` again and again, killing it at seeded moments: `killer.py RECIPE OUT SEED N PROCESSES` (0: a plain one).
 
 A kill comes at the n-th sync inside an unpublished checkpoint, or at a random time. A run that ends all the same
 is kept as OUT-done-<i> and the next begins anew. Prints {"killed", "inside", "done"}: kills, those that left half a
@@ -12,11 +12,11 @@ import signal
 import sys
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
-import torch
+from fleet import free_port, start
 
-import gdn.cli
 import gdn.files
 import gdn.train.loop
 
@@ -54,27 +54,30 @@ def kill_after(seconds: float) -> None:
     gdn.train.loop.learning_rate = start_clock
 
 
-def main(recipe: str, out: Path, seed: int, kills: int) -> None:
+def main(recipe: str, out: Path, seed: int, kills: int, processes: int) -> None:
     rng, killed, inside, done = random.Random(seed), 0, 0, 0
+    arguments = ["--quiet", "train", recipe, "--out", str(out), "--device", "cpu"]
     while killed < kills:
         in_save, sync, seconds = killed == 1 or rng.random() < 0.4, rng.randrange(1, 25), rng.uniform(0, 0.2)
-        child = os.fork()
-        if not child:
-            torch.set_num_threads(1)
-            kill_at_sync(sync) if in_save else kill_after(seconds)
-            os.dup2(2, 1)
-            os._exit(gdn.cli.main(["--quiet", "train", recipe, "--out", str(out), "--device", "cpu"]))
-        status = os.waitpid(child, 0)[1]
-        if os.WIFSIGNALED(status):
+        victim, port = 0 if in_save else rng.randrange(max(1, processes)), free_port()
+        plan = partial(kill_at_sync, sync) if in_save else partial(kill_after, seconds)
+        ranks = range(max(1, processes))
+        children = [start(rank, processes, port, arguments, plan if rank == victim else None) for rank in ranks]
+        code = os.waitstatus_to_exitcode(os.waitpid(children[victim], 0)[1])
+        for child in children[:victim] + children[victim + 1 :]:
+            if code:  # torchrun ends the others when one is lost
+                os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+        if code == -signal.SIGKILL:
             killed += 1
             inside += any((out / "checkpoints").glob("*.partial-*"))
-        elif os.WEXITSTATUS(status) == 0:
+        elif code == 0:
             out.rename(f"{out}-done-{done}")
             done += 1
         else:
-            sys.exit(f"exit code {os.WEXITSTATUS(status)} after {killed} kills")
+            sys.exit(f"exit code {code} after {killed} kills")
     sys.stdout.write(json.dumps({"killed": killed, "inside": inside, "done": done}))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]))
+    main(sys.argv[1], Path(sys.argv[2]), *map(int, sys.argv[3:]))

@@ -11,6 +11,7 @@ import pytest
 from test_kill import ENVIRONMENT, write_recipe
 from train_testing import differences, go, make_run, saved, tensors, with_model
 
+from gdn.errors import ConfigError
 from gdn.model.load import load_model
 from gdn.train.metrics import read_metrics
 from gdn.train.recipe import RunConfig
@@ -81,3 +82,25 @@ def test_error_of_the_first_process_is_everyones(shards: Path, tmp_path: Path) -
     weights.write_bytes(weights.read_bytes()[:-1] + b"!")
     said = fleet(run, tmp_path / "run", [{"processes": 2}], code=2)
     assert said.count("altered since it was saved") == 2 and "delete" in said and "Traceback" not in said
+
+
+@pytest.mark.parametrize("gates", ["keep", "cast"])
+def test_gates_stay_float32_in_the_forward_and_the_switch_casts_them(gates: str) -> None:
+    """FSDP2's policy hands each parameter it manages to the forward in bf16: right for matrices, not for A_log and dt_bias."""
+    script = str(Path(__file__).with_name("gates_seen.py"))
+    result = subprocess.run([sys.executable, script, gates], env=ENVIRONMENT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    dtypes = json.loads(result.stdout)
+    assert set(dtypes["resting"].values()) == set(dtypes["gradients"].values()) == {"torch.float32"}
+    for name, dtype in dtypes["seen"].items():
+        if name.endswith(("A_log", "dt_bias")):
+            assert dtype == ("torch.float32" if gates == "keep" else "torch.bfloat16"), name
+        elif name.endswith(("_proj.weight", "embeddings.weight", "lm_head.weight")):
+            assert dtype == "torch.bfloat16", name  # gathered so: a plain float32 gather would move twice the bytes
+        else:
+            assert dtype == "torch.float32", name
+
+
+def test_cast_gates_without_processes_is_an_error(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"parallel\.cast_gates = true; expected processes of torchrun"):
+        go(make_run(shards, parallel={"cast_gates": True}), tmp_path / "run")

@@ -22,15 +22,24 @@ def write_recipe(run: RunConfig, path: Path) -> str:
     return str(path)
 
 
-def kill_and_compare(shards: Path, tmp_path: Path, steps: int, kills: int, seed: int) -> dict[str, int]:
+def kill_and_compare(shards: Path, tmp_path: Path, steps: int, kills: int, seed: int, processes: int = 0) -> dict[str, int]:
     run = make_run(shards, train={"steps": steps}, checkpoint={"every": 2, "keep": 2})
-    go(run, tmp_path / "whole")
     recipe, out = write_recipe(run, tmp_path / "recipe.toml"), tmp_path / "run"
-    driver = [sys.executable, str(Path(__file__).with_name("killer.py")), recipe, str(out), str(seed), str(kills)]
+    phases = json.dumps([{"processes": processes}])
+    fleet = [sys.executable, str(Path(__file__).with_name("fleet.py")), recipe]
+    assert subprocess.run([*fleet, str(tmp_path / "whole"), phases], env=ENVIRONMENT).returncode == 0
+    driver = [
+        sys.executable,
+        str(Path(__file__).with_name("killer.py")),
+        recipe,
+        str(out),
+        str(seed),
+        str(kills),
+        str(processes),
+    ]
     result = subprocess.run(driver, env=ENVIRONMENT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    last = subprocess.run([*GDN, recipe, "--out", str(out), "--device", "cpu"], env=ENVIRONMENT, capture_output=True, text=True)
-    assert last.returncode == 0, last.stderr
+    assert subprocess.run([*fleet, str(out), phases], env=ENVIRONMENT).returncode == 0
     counts: dict[str, int] = json.loads(result.stdout)
     for folder in [out, *tmp_path.glob("run-done-*")]:
         assert differences(saved(tmp_path / "whole", steps), saved(folder, steps)) == []
@@ -42,14 +51,17 @@ def kill_and_compare(shards: Path, tmp_path: Path, steps: int, kills: int, seed:
     return counts
 
 
-def test_killed_three_times_ends_bit_identical(shards: Path, tmp_path: Path) -> None:
-    counts = kill_and_compare(shards, tmp_path, steps=20, kills=3, seed=1)
+@pytest.mark.parametrize("processes", [0, 2])
+def test_killed_three_times_ends_bit_identical(processes: int, shards: Path, tmp_path: Path) -> None:
+    counts = kill_and_compare(shards, tmp_path, 20, kills=3, seed=1, processes=processes)
     assert counts["killed"] == 3 and counts["inside"] >= 1
 
 
 @pytest.mark.soak
-def test_killed_two_hundred_times_ends_bit_identical(shards: Path, tmp_path: Path) -> None:
-    counts = kill_and_compare(shards, tmp_path, steps=40, kills=200, seed=2)
+@pytest.mark.parametrize(("processes", "seed"), [(0, 2), (0, 3), (0, 4), (2, 5), (2, 6)])
+def test_killed_two_hundred_times_ends_bit_identical(processes: int, seed: int, shards: Path, tmp_path: Path) -> None:
+    """A thousand kills in all, of a plain process or of one of two."""
+    counts = kill_and_compare(shards, tmp_path, 40, kills=200, seed=seed, processes=processes)
     assert counts["killed"] == 200 and counts["inside"] >= 20
 
 

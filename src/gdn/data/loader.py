@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -69,6 +70,7 @@ class Loader:
         if reset_at_documents:
             most = max(shards.max_documents(part.first, seq_len) for part in shards.parts)
             self._num_boundaries = micro_batch_size * (1 + most) + 1
+        self._stamps = {path: _stamp(path) for path in shards.paths}
         self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
         self._reader = ThreadPoolExecutor(1, "loader")
 
@@ -127,7 +129,25 @@ class Loader:
 
     def _load_step(self, step: int, rank: int, world_size: int) -> list[Batch]:
         windows = self.windows(step, rank, world_size)
-        return [self.load(part) for part in np.split(windows, len(windows) // self.micro_batch_size)]
+        self._check_unchanged()  # before too: reading a mapped file that was cut short kills the process
+        batches = [self.load(part) for part in np.split(windows, len(windows) // self.micro_batch_size)]
+        self._check_unchanged()
+        return batches
+
+    def _check_unchanged(self) -> None:
+        """DataError naming a file that is no longer the one whose checksum was verified: tokens of another are no step's."""
+        for path, stamp in self._stamps.items():
+            if _stamp(path) != stamp:
+                raise DataError(f"{path}: changed since the run began reading it; restore it, and the run goes on where it was")
+
+
+def _stamp(path: Path) -> tuple[int, int, int]:
+    """What changes with a file's bytes or with the file: its inode, size and time of change. DataError where there is none."""
+    try:
+        stat = path.stat()
+    except OSError as error:
+        raise DataError(f"{path}: {error.strerror}; the run reads it until its end") from None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 def sequential_windows(shards: TokenShards, seq_len: int, micro_batch_size: int) -> Iterator[Batch]:

@@ -211,6 +211,11 @@ class TokenShards:
         return int(self._starts[-1])
 
     @property
+    def paths(self) -> list[Path]:
+        """The split's files, in order: tokens and documents of each shard."""
+        return [self.folder / name for file in self._files for name in (file.name, file.docs_name)]
+
+    @property
     def parts(self) -> list[Part]:
         """The stretches that training orders apart: one, unless the sources have weights."""
         weights = [source.weight for source in self.manifest.sources]
