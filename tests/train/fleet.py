@@ -1,10 +1,12 @@
-"""Runs `gdn train` in several processes as torchrun would, phase after phase: `fleet.py RECIPE OUT PHASES`.
+"""Runs `gdn train` in several processes as torchrun would, phase after phase: `fleet.py JOBS`.
 
-PHASES is a JSON list of {"processes": N, "stop": step at which the last process gets a SIGTERM, "more": [overrides]}; no
-processes: a plain one. Prints the exit codes of each phase. Children are forked from this process, which has imported
-everything and computed nothing, so that a phase takes a second.
+JOBS is a JSON list of {"recipe", "out", "phases"}; a phase is {"processes": N, "more": [overrides]} and what befalls the last
+process: "stop", the step in which it gets a SIGTERM, or "full", the save in which its disk is. No processes: a plain one.
+Prints the exit codes of each job's phases. Children are forked from this process, which has imported everything and
+computed nothing, so that a phase takes a second.
 """
 
+import errno
 import json
 import os
 import signal
@@ -12,9 +14,10 @@ import socket
 import sys
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from typing import Any
 
 import torch
+from torch.distributed.checkpoint import HuggingFaceStorageWriter
 
 import gdn.cli
 import gdn.train.loop
@@ -30,6 +33,19 @@ def stop_in(step: int) -> None:
         return learning_rate(now, *rest)
 
     gdn.train.loop.learning_rate = interrupted
+
+
+def full_at(save: int) -> None:
+    """Have the disk refuse this process's moments in its save number `save`, from 1."""
+    write_data, saves = HuggingFaceStorageWriter.write_data, [0]
+
+    def refused(*arguments):  # type: ignore[no-untyped-def]
+        saves[0] += 1
+        if saves[0] == save:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_data(*arguments)
+
+    HuggingFaceStorageWriter.write_data = refused
 
 
 def free_port() -> int:
@@ -54,16 +70,22 @@ def start(rank: int, processes: int, port: int, arguments: list[str], first: Cal
     os._exit(gdn.cli.main(arguments))
 
 
-def main(recipe: str, out: Path, phases: list[dict]) -> None:  # type: ignore[type-arg]
-    codes = []
-    for phase in phases:
-        count, port = phase.get("processes", 0), free_port()
-        arguments = ["--quiet", "train", recipe, *phase.get("more", []), "--out", str(out), "--device", "cpu"]
-        ranks, stop = range(max(1, count)), partial(stop_in, phase["stop"]) if "stop" in phase else None
-        children = [start(rank, count, port, arguments, stop if rank == ranks[-1] else None) for rank in ranks]
-        codes.append([os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children])
-    sys.stdout.write(json.dumps(codes))
+def befall(phase: dict[str, Any]) -> None:
+    if "stop" in phase:
+        stop_in(phase["stop"])
+    if "full" in phase:
+        full_at(phase["full"])
+
+
+def run(recipe: str, out: str, phase: dict[str, Any]) -> list[int]:
+    count, port = phase.get("processes", 0), free_port()
+    arguments = ["--quiet", "train", recipe, *phase.get("more", []), "--out", out, "--device", "cpu"]
+    ranks = range(max(1, count))
+    children = [start(rank, count, port, arguments, partial(befall, phase) if rank == ranks[-1] else None) for rank in ranks]
+    return [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]), json.loads(sys.argv[3]))
+    jobs = json.loads(sys.argv[1])
+    codes = [[run(job["recipe"], job["out"], phase) for phase in job["phases"]] for job in jobs]
+    sys.stdout.write(json.dumps(codes))
