@@ -14,7 +14,22 @@ LAYERS = (
     {"data", "distributed", "generation", "hf"},
     {"eval", "serve", "report"},
     {"train"},
-    {"quickstart", "doctor", "doctor_kernels", "cli", "cli_eval", "cli_train", "info", "provenance", "evaluate", "__main__"},
+    {
+        "quickstart",
+        "doctor",
+        "doctor_kernels",
+        "cli",
+        "cli_eval",
+        "cli_train",
+        "info",
+        "provenance",
+        "evaluate",
+        "reproduce",
+        "lossband",
+        "cli_reproduce",
+        "runpage",
+        "__main__",
+    },
 )
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FENCES = {  # package -> who may import it

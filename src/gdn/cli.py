@@ -11,6 +11,7 @@ from typing import Any
 
 from gdn import __version__
 from gdn.cli_eval import add_eval
+from gdn.cli_reproduce import add_reproduce
 from gdn.cli_train import add_recipe, add_train
 from gdn.errors import CheckpointError, DataError, GDNError
 
@@ -107,6 +108,7 @@ def _parser() -> argparse.ArgumentParser:
     add.set_defaults(command=_data_overlap)
 
     add_train(commands)
+    add_reproduce(commands)
 
     add = commands.add_parser("generate", help="continue a prompt, streamed")
     add.add_argument("checkpoint", type=Path, help="a run, a checkpoint or a Hugging Face folder")
@@ -193,7 +195,7 @@ def _prepare(args: argparse.Namespace) -> int:
         tokenizer = load_tokenizer(args.tokenizer)
     else:
         tokenizer = train_bpe(training_texts(sources, options), args.train_tokenizer)
-    progress = _show_progress if sys.stderr.isatty() and not args.quiet else None
+    progress = show_progress if sys.stderr.isatty() and not args.quiet else None
     manifest = prepare(sources, tokenizer, args.out, options, progress)
     for split in manifest.splits:
         print(
@@ -208,7 +210,7 @@ def _prepare(args: argparse.Namespace) -> int:
     return 0
 
 
-def _show_progress(done: int, total: int, tokens: int) -> None:
+def show_progress(done: int, total: int, tokens: int) -> None:
     print(f"\r{done:,} of {total:,} tasks, {tokens / 1e6:,.1f}M tokens", end="", file=sys.stderr, flush=True)
 
 

@@ -52,7 +52,7 @@ def _eval(args: argparse.Namespace) -> int:
         raise GDNError("eval --download DIR stands alone: it fetches the data and evaluates nothing")
     if len(args.checkpoint) != 1:
         raise GDNError(f"eval takes one checkpoint, or compare and two results; got {' '.join(args.checkpoint) or 'none'}")
-    _need_harness()
+    need_harness()
     if args.data is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from gdn.cli import find_checkpoint, find_device
@@ -89,7 +89,7 @@ def _console() -> "Console":
     return console if console.is_terminal else Console(width=140)
 
 
-def _need_harness() -> None:
+def need_harness() -> None:
     if importlib.util.find_spec("lm_eval") is None:
         raise GDNError('eval takes its tasks from lm-evaluation-harness: pip install "gdn[eval]"')
     os.environ["TQDM_DISABLE"] = "1"  # the harness's bars, which tqdm asks about when it is imported
@@ -99,7 +99,7 @@ def _need_harness() -> None:
 def _download(folder: Path) -> int:
     from rich.console import Console
 
-    _need_harness()
+    need_harness()
     from gdn.eval.download import download
 
     console = Console()

@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -24,22 +23,19 @@ from gdn.data.holdout import choose_holdout, cut_document
 from gdn.data.prepare import Options as PrepareOptions
 from gdn.data.prepare import prepare
 from gdn.data.readers import Document, ReadStats, is_row_file, read_documents
-from gdn.data.shards import HELDOUT, MANIFEST, TOKENIZER, TRAIN, TokenShards, read_manifest
+from gdn.data.shards import HELDOUT, MANIFEST, TOKENIZER, TRAIN, read_manifest
 from gdn.data.sources import SUFFIXES, TEXT_SUFFIXES, Source
 from gdn.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from gdn.errors import CheckpointError, ConfigError, DataError
-from gdn.eval.baselines import bigram_bits, unigram_bits, xz_bits
-from gdn.eval.memory import memory_use
-from gdn.eval.perplexity import bits_per_byte, stream_nats
 from gdn.files import lock_folder, remove_partials, write_text
-from gdn.generation.engine import generate
 from gdn.generation.sampling import Sampling
 from gdn.hf.export import export, greedy_text, write_card
 from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.load import load_model
 from gdn.provenance import summary
-from gdn.report.page import Baseline, HeadMemory, RunReport, Sample, WriteStrengths, render
+from gdn.report.page import Baseline, RunReport, Sample, render
+from gdn.runpage import SAMPLE_TOKENS, complete, heldout_prompts, measure_heldout, memory_figures, write_samples
 from gdn.train.loop import Outcome, build_model, open_data, train, train_step
 from gdn.train.metrics import read_metrics
 from gdn.train.optim import build_optimizer
@@ -52,8 +48,6 @@ VOCAB_SIZE = 256 + 1 + MERGES  # bytes, <|endoftext|>, merges
 HELDOUT_FRACTION = 0.03
 MAX_BYTES = 64 << 20  # of --text that are read: more than minutes on two cores can use
 _CALIBRATION_STEPS, _CALIBRATION_SECONDS = 12, 4.0  # at least
-_STREAMS = 32  # of the final evaluation
-_SAMPLE_TOKENS = 96
 
 WHY_XZ = (
     "xz is no predictor of the next token: it may copy any string that occurred earlier in the held-out text itself, "
@@ -210,9 +204,10 @@ def _finish(run: RunConfig, out: Path, outcome: Outcome, console: Console) -> No
     model = load_model(outcome.checkpoint)
     tokenizer = load_tokenizer(out / "shards" / TOKENIZER)
     with _stage(console, "held-out bits per byte, and baselines on the same bytes"):
-        bits, baselines, heldout = _evaluate(model, tokenizer, out / "shards")
+        note = f"with back-off, {MERGES:,} merges: the same vocabulary"
+        bits, baselines, heldout = measure_heldout(model, tokenizer, out / "shards", note)
     with _stage(console, "samples before and after"):
-        samples = _samples(build_model(run, torch.device("cpu")), model, tokenizer, heldout)
+        samples = write_samples(build_model(run, torch.device("cpu")), model, tokenizer, heldout_prompts(heldout))
     results: dict[str, Any] = {
         "bits_per_byte": bits,
         "baselines": {baseline.name: baseline.bits_per_byte for baseline in baselines},
@@ -230,42 +225,6 @@ def _finish(run: RunConfig, out: Path, outcome: Outcome, console: Console) -> No
     _print_results(bits, baselines, samples, out, console)
 
 
-def _evaluate(model: GatedDeltaNetLM, tokenizer: Tokenizer, shards: Path) -> tuple[float, list[Baseline], list[str]]:
-    train_split, heldout = TokenShards.open(shards, TRAIN), TokenShards.open(shards, HELDOUT)
-    size = heldout.manifest.num_bytes(HELDOUT)
-    ids, train_ids = heldout.read(0, heldout.num_tokens), train_split.read(0, train_split.num_tokens)
-    rows = max(1, min(_STREAMS, len(ids) // 512))
-    bits = bits_per_byte(stream_nats(model, torch.from_numpy(ids), rows, 256), size)
-    starts = heldout.document_starts(0, heldout.num_tokens)
-    texts = [tokenizer.decode(part.tolist()) for part in np.split(ids, starts[1:])]
-    vocab = tokenizer.vocab_size
-    return (
-        bits,
-        [
-            Baseline("unigram", unigram_bits(train_ids, ids, vocab) / size, "token frequencies, the model's vocabulary"),
-            Baseline(
-                "bigram", bigram_bits(train_ids, ids, vocab) / size, f"with back-off, {MERGES:,} merges: the same vocabulary"
-            ),
-            Baseline("xz -9e", xz_bits("".join(texts).encode()) / size, "compresses the held-out text by itself"),
-        ],
-        texts,
-    )
-
-
-def _samples(before: GatedDeltaNetLM, after: GatedDeltaNetLM, tokenizer: Tokenizer, heldout: list[str]) -> list[Sample]:
-    longest = sorted(heldout, key=len, reverse=True)[:2]
-    prompts = [text[len(text) // 3 :][:160].rsplit(" ", 1)[0] for text in longest]
-    sampling = Sampling(temperature=0.7, top_p=0.95, seed=0)
-    before.eval()
-    return [Sample(p, *(_complete(model, tokenizer, p, sampling) for model in (before, after))) for p in prompts]
-
-
-def _complete(model: GatedDeltaNetLM, tokenizer: Tokenizer, prompt: str, sampling: Sampling) -> str:
-    assert tokenizer.bos_id is not None
-    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
-    return tokenizer.decode(list(generate(model, ids, max_new_tokens=_SAMPLE_TOKENS, sampling=sampling)))
-
-
 def _export(run: RunConfig, out: Path, model: GatedDeltaNetLM, tokenizer: Tokenizer, results: dict[str, Any]) -> None:
     target = out / "model"
     if target.exists():
@@ -275,8 +234,8 @@ def _export(run: RunConfig, out: Path, model: GatedDeltaNetLM, tokenizer: Tokeni
 
     assert tokenizer.bos_id is not None
     prompt = "def main("
-    ours = _complete(model, tokenizer, prompt, Sampling(temperature=0.0))
-    text = greedy_text(target, prompt, tokenizer.bos_id, _SAMPLE_TOKENS)
+    ours = complete(model, tokenizer, prompt, Sampling(temperature=0.0))
+    text = greedy_text(target, prompt, tokenizer.bos_id, SAMPLE_TOKENS)
     if text != ours:
         raise CheckpointError(f"{target}: greedy text through transformers is {text!r}; expected {ours!r} as from the run")
 
@@ -290,19 +249,8 @@ def _report(
     baselines: list[Baseline],
     samples: list[Sample],
 ) -> RunReport:
-    heldout = TokenShards.open(out / "shards", HELDOUT)
-    length = min(512, heldout.num_tokens // 8)
-    use = memory_use(model, torch.from_numpy(heldout.read(0, 8 * length)).view(8, length))
-    heads = [
-        HeadMemory(i, head, (low.item(), middle.item(), high.item()))
-        for i, layer in enumerate(use)
-        for head, (low, middle, high) in enumerate(layer.half_life)
-    ]
-    strengths = [
-        WriteStrengths(i, tuple(layer.edges.tolist()), tuple(int(count) for count in layer.counts))
-        for i, layer in enumerate(use)
-    ]
-    manifest, minutes = heldout.manifest, outcome.progress.seconds / 60
+    heads, strengths = memory_figures(model, out / "shards")
+    manifest, minutes = read_manifest(out / "shards"), outcome.progress.seconds / 60
     facts = [
         ("model", f"{run.model.num_parameters():,} parameters, {run.model.num_hidden_layers} layers"),
         ("text", f"{', '.join(source.name for source in manifest.sources)}; {manifest.num_bytes(TRAIN):,} bytes to train on"),

@@ -22,6 +22,16 @@ def test_published_recipe() -> None:
     assert run.optim == OptimConfig(4e-4, 4e-5, 1024, (0.9, 0.95), 1e-15, 0.1, ())
 
 
+@pytest.mark.parametrize(("name", "most"), [("scaled", 50.1e6), ("demo", 4 * 26e6)])
+def test_short_recipes_train_the_published_model(name: str, most: float) -> None:
+    """They may differ in how long, on what and how fast it learns; their text is 26M tokens."""
+    run, published = (toml.load(RunConfig, PUBLISHED.with_name(f"gdn_360m_{which}.toml")) for which in (name, "15b"))
+    assert run.model == published.model
+    assert 0.9 * most < run.check(1).tokens <= most
+    assert (run.train.init, run.train.dtype, run.optim.weight_decay) == ("mamba", "bfloat16", published.optim.weight_decay)
+    assert run.optim.warmup_steps == run.train.steps // 10
+
+
 def test_round_trip(tmp_path: Path) -> None:
     run = make_run(tmp_path, optim={"no_decay": ["*.A_log", 'q"\\'], "eps": 1e-15})
     (tmp_path / "r.toml").write_text(toml.dump(run), encoding="utf-8")

@@ -1,26 +1,22 @@
 """What a run has to show, as frozen dataclasses, and the HTML page that shows it; measures nothing, writes no file."""
 
-import html
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+from gdn.report.costs import cost_table, guard_events, use_of_machine
 from gdn.report.figures import (
     Bar,
     Histogram,
     Interval,
     Reference,
     Series,
-    Style,
     bar_chart,
     histogram_rows,
     interval_chart,
     line_chart,
 )
-from gdn.report.scales import finite_points, running_median
+from gdn.report.pieces import History, figure, history_of, number, prose, smoothed
 from gdn.report.style import STYLE
-
-Row = Mapping[str, object]
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,28 @@ class WriteStrengths:
 
 
 @dataclass(frozen=True)
+class Verdicts:
+    """A table of what was measured beside what was expected; the last column says whether they agree."""
+
+    title: str
+    caption: str
+    columns: tuple[str, ...]
+    rows: list[tuple[str, ...]]
+
+
+@dataclass(frozen=True)
+class BandPoint:
+    """Mean loss of a stretch of the run that ends at so many tokens, and the band that it should lie in."""
+
+    tokens: float
+    loss: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
 class RunReport:
-    """Everything on the page; `metrics` holds the rows of metrics.jsonl, training and held-out ones mixed."""
+    """Everything on the page; `metrics` holds the rows of metrics.jsonl: training, held-out ones and the guard's, mixed."""
 
     title: str
     verdict: str
@@ -74,57 +90,8 @@ class RunReport:
     write_strengths: list[WriteStrengths]
     samples: list[Sample]
     recipe: str
-
-
-@dataclass(frozen=True)
-class _History:
-    """The metrics by step: a run that was resumed may have logged a step twice, and the later row counts."""
-
-    training: list[Row]
-    heldout: list[Row]
-    x_name: str
-    tokens_at: dict[float, float]
-
-    def series(self, name: str, key: str, rows: Sequence[Row], style: Style = "line") -> Series:
-        """The values under `key` against tokens, or against steps where no row counts tokens."""
-        pairs = [(self.x(row), _number(row, key)) for row in rows]
-        x, y = tuple(a for a, _ in pairs), tuple(b for _, b in pairs)
-        return Series(name, x, y, style)
-
-    def x(self, row: Row) -> float:
-        """Where a row stands on the common axis; a held-out row counts no tokens and takes those of its step."""
-        step = _number(row, "step")
-        if self.x_name == "steps":
-            return step
-        own = _number(row, "tokens")
-        if math.isfinite(own) or not self.tokens_at:
-            return own
-        # Tokens grow by a fixed number a step, so the nearest logged step before or after gives the rate.
-        near = min(self.tokens_at, key=lambda known: abs(known - step)) if math.isfinite(step) else math.nan
-        return self.tokens_at[near] * (step / near) if math.isfinite(near) and near > 0 else math.nan
-
-
-def _number(row: Row, key: str) -> float:
-    value = row.get(key)
-    return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else math.nan
-
-
-def _history(metrics: Sequence[Row]) -> _History:
-    training = {_number(r, "step"): r for r in metrics if "loss" in r}
-    heldout = {_number(r, "step"): r for r in metrics if "heldout_loss" in r or "heldout_bits_per_byte" in r}
-    known = {step: _number(r, "tokens") for step, r in training.items()}
-    tokens_at = {step: tokens for step, tokens in known.items() if math.isfinite(step) and math.isfinite(tokens)}
-    ordered = [[rows[step] for step in sorted(rows) if math.isfinite(step)] for rows in (training, heldout)]
-    return _History(ordered[0], ordered[1], "tokens" if tokens_at else "steps", tokens_at)
-
-
-def _prose(words: str) -> str:
-    return html.escape(words, quote=False)
-
-
-def _figure(title: str, chart: str, caption: str) -> str:
-    head = f"<h3>{_prose(title)}</h3>" if title else ""
-    return f'<figure class="card">{head}{chart}<figcaption>{_prose(caption)}</figcaption></figure>'
+    verdicts: Verdicts | None = None
+    band: list[BandPoint] = field(default_factory=list)
 
 
 def _top(report: RunReport) -> str:
@@ -134,7 +101,7 @@ def _top(report: RunReport) -> str:
     bars = sorted([ours, *others], key=lambda bar: bar.value if math.isfinite(bar.value) else math.inf)
     chart = bar_chart(bars, "bits per byte of the model and of the baselines")
     number = f"{report.bits_per_byte:.3f}" if math.isfinite(report.bits_per_byte) else "–"
-    paragraphs = "".join(f"<p>{_prose(p)}</p>" for p in report.explanation)
+    paragraphs = "".join(f"<p>{prose(p)}</p>" for p in report.explanation)
     return (
         '<section class="card top"><div>'
         f'<p class="big">{number}</p><p class="unit">bits per byte on held-out text; lower is better</p>{paragraphs}'
@@ -143,16 +110,7 @@ def _top(report: RunReport) -> str:
     )
 
 
-def _smoothed(series: Series) -> list[Series]:
-    """The series as a faint line, and its running median under its name."""
-    points = finite_points(series.x, series.y)
-    x, y = tuple(a for a, _ in points), tuple(b for _, b in points)
-    # A fortieth of the run is wide enough to hide batch noise and narrow enough to keep the knee of the curve.
-    middle = tuple(running_median(y, max(7, len(y) // 40)))
-    return [Series(f"{series.name}, each step", x, y, "faint"), Series(series.name, x, middle)]
-
-
-def _training(report: RunReport, history: _History) -> str:
+def _training(report: RunReport, history: History) -> str:
     levels = [Reference(b.name, b.bits_per_byte) for b in report.baselines]
     bits = history.series("model", "heldout_bits_per_byte", history.heldout, "dots")
     rate = history.series("learning rate", "lr", history.training)
@@ -162,37 +120,40 @@ def _training(report: RunReport, history: _History) -> str:
     heldout = history.series("held-out", "heldout_loss", history.heldout, "dots")
     x = history.x_name
     cards = [
-        _figure(
+        figure(
             "Loss, nats per token",
-            line_chart([*_smoothed(loss), heldout], "training and held-out loss", x),
+            line_chart([*smoothed(loss), heldout], "training and held-out loss", x),
             "How surprised the model is by each next token. The pale line is single steps, the bold one their running "
             "median; when held-out loss stops following it down, the model has begun to memorise.",
         ),
-        _figure(
+        figure(
             "Held-out bits per byte",
             line_chart([bits], "held-out bits per byte", x, references=levels),
             "The same surprise counted per byte of text, so that it compares with a compressor. A dashed line is a "
             "baseline; below it, the model predicts this text better.",
         ),
-        _figure(
+        figure(
             "Learning rate",
             line_chart([rate], "learning rate", x, from_zero=True),
             "The size of each update: it rises while the optimizer's averages settle, then falls so that the weights "
             "come to rest in a minimum instead of bouncing across it.",
         ),
-        _figure(
+        figure(
             "Gradient norm",
-            line_chart(_smoothed(norm), "gradient norm", x, log_y=True),
+            line_chart(smoothed(norm), "gradient norm", x, log_y=True),
             "The length of the gradient before clipping, on a logarithmic axis; bold is its running median. Single "
             "spikes are clipped and rarely do harm; a steady climb warns of a run about to diverge.",
         ),
-        _figure(
+        figure(
             "Speed, tokens per second",
-            line_chart(_smoothed(speed), "tokens per second", x, from_zero=True),
+            line_chart(smoothed(speed), "tokens per second", x, from_zero=True),
             "The first steps often include compilation. Later dips are usually held-out checks, checkpoints, or "
             "another program on the machine.",
         ),
+        *use_of_machine(history),
         _heldout_table(history),
+        cost_table(history),
+        guard_events(report.metrics),
     ]
     return (
         '<h2>Training</h2><p class="lead">What happened, from the first step to the last.</p>'
@@ -200,15 +161,38 @@ def _training(report: RunReport, history: _History) -> str:
     )
 
 
-def _heldout_table(history: _History) -> str:
+def _verdicts(report: RunReport) -> str:
+    """What was expected, beside what came of it: a chart of a band, a table, or nothing."""
+    cards = []
+    if report.band:
+        x = tuple(point.tokens for point in report.band)
+        lines = [
+            Series("this run", x, tuple(point.loss for point in report.band), "dots"),
+            Series("highest", x, tuple(point.high for point in report.band)),
+            Series("lowest", x, tuple(point.low for point in report.band)),
+        ]
+        caption = "Mean loss of each stretch of the run, and the band that recorded runs span; docs/reproduce.md says how."
+        cards.append(figure("Loss within the recorded band", line_chart(lines, "loss and its band", "tokens"), caption))
+    if report.verdicts is not None:
+        table = report.verdicts
+        head = "".join(f"<th>{prose(name)}</th>" for name in table.columns)
+        body = "".join("<tr>" + "".join(f"<td>{prose(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
+        cards.append(
+            f'<section class="card"><h3>{prose(table.title)}</h3><div class="table"><table class="words"><thead><tr>{head}'
+            f'</tr></thead><tbody>{body}</tbody></table></div><p class="caption">{prose(table.caption)}</p></section>'
+        )
+    return f"<h2>Verdict</h2>{''.join(cards)}" if cards else ""
+
+
+def _heldout_table(history: History) -> str:
     rows = history.heldout
     # A hundred rows are enough to read; the last one, the result, is always among them.
     stride = max(1, math.ceil(len(rows) / 100))
     shown = rows[::-1][::stride]
     cells = []
     for row in shown:
-        bits, loss = _number(row, "heldout_bits_per_byte"), _number(row, "heldout_loss")
-        words = [f"{_number(row, 'step'):,.0f}"]
+        bits, loss = number(row, "heldout_bits_per_byte"), number(row, "heldout_loss")
+        words = [f"{number(row, 'step'):,.0f}"]
         words += [f"{value:.4f}" if math.isfinite(value) else "–" for value in (loss, bits)]
         cells.append("<tr>" + "".join(f"<td>{w}</td>" for w in words) + "</tr>")
     body = "".join(cells) or '<tr><td colspan="3">no data</td></tr>'
@@ -226,14 +210,14 @@ def _memory(report: RunReport) -> str:
     layers = sorted(report.write_strengths, key=lambda w: w.layer)
     histograms = [Histogram(str(w.layer), w.bin_edges, w.counts) for w in layers]
     cards = [
-        _figure(
+        figure(
             "How long each head remembers",
             interval_chart(intervals, "half-life of each head's memory", "layer", "half-life in tokens"),
             "Half-life: the number of tokens after which exp(sum g) has fallen to one half, ln 2 / -g for a steady g. "
             "Each strip is one head, its dot the median and its ends the 10th and 90th percentile over the text; a "
             "hollow dot lies beyond the axis.",
         ),
-        _figure(
+        figure(
             "How strongly each layer writes",
             histogram_rows(histograms, "write strengths of each layer", "layer", "write strength beta"),
             "Write strength beta: 0 ignores the token, 1 replaces what the key held; between them old and new are "
@@ -255,7 +239,7 @@ def _samples(report: RunReport) -> str:
         sides = (("Before training", "who", sample.before), ("After training", "who after", sample.after))
         columns = "".join(
             f'<div><p class="{style}">{name}</p>'
-            f'<pre>\n<span class="prompt">{_prose(sample.prompt)}</span>{_prose(words)}</pre></div>'
+            f'<pre>\n<span class="prompt">{prose(sample.prompt)}</span>{prose(words)}</pre></div>'
             for name, style, words in sides
         )
         cards.append(f'<article class="card"><div class="grid">{columns}</div></article>')
@@ -266,24 +250,25 @@ def _samples(report: RunReport) -> str:
 
 
 def _facts(report: RunReport) -> str:
-    pairs = "".join(f"<dt>{_prose(name)}</dt><dd>{_prose(value)}</dd>" for name, value in report.facts)
+    pairs = "".join(f"<dt>{prose(name)}</dt><dd>{prose(value)}</dd>" for name, value in report.facts)
     listed = f'<h2>Facts</h2><dl class="card">{pairs}</dl>' if pairs else ""
     recipe = (
         f'<h2>Recipe</h2><details class="card"><summary>Show the resolved recipe (TOML)</summary><pre>\n'
-        f"{_prose(report.recipe)}</pre></details>"
+        f"{prose(report.recipe)}</pre></details>"
     )
     return listed + (recipe if report.recipe else "")
 
 
 def render(report: RunReport) -> str:
     """One whole HTML document that asks for no other file and runs no script; numbers not finite are left out."""
-    history = _history(report.metrics)
+    history = history_of(report.metrics)
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{_prose(report.title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
-        f'<header><p class="eyebrow">Gated DeltaNet run report</p><h1>{_prose(report.title)}</h1>'
-        f'<p class="verdict">{_prose(report.verdict)}</p></header>\n'
-        f"{_top(report)}\n{_training(report, history)}\n{_memory(report)}\n{_samples(report)}\n{_facts(report)}\n"
+        f"<title>{prose(report.title)}</title><style>{STYLE}</style></head>\n<body><main>\n"
+        f'<header><p class="eyebrow">Gated DeltaNet run report</p><h1>{prose(report.title)}</h1>'
+        f'<p class="verdict">{prose(report.verdict)}</p></header>\n'
+        f"{_top(report)}\n{_verdicts(report)}\n"
+        f"{_training(report, history)}\n{_memory(report)}\n{_samples(report)}\n{_facts(report)}\n"
         "</main></body></html>\n"
     )
