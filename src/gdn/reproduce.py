@@ -4,6 +4,7 @@ Everything lies in one folder: shards/ (or another's), run/, eval/, verdict.json
 what it has finished, and refuses to go on under other options by naming the one that differs.
 """
 
+import dataclasses
 import datetime
 import hashlib
 import importlib.metadata
@@ -13,7 +14,7 @@ import math
 import platform
 import signal
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,10 +25,7 @@ from rich.table import Table
 
 import gdn
 from gdn import config as toml
-from gdn.data.prepare import Options as PrepareOptions
-from gdn.data.prepare import Progress, prepare
 from gdn.data.shards import HELDOUT, MANIFEST, TOKENIZER, TRAIN, read_manifest
-from gdn.data.sources import Source
 from gdn.data.tokenizer import load_tokenizer
 from gdn.distributed.mesh import world_size
 from gdn.errors import ConfigError, DataError
@@ -45,6 +43,7 @@ from gdn.train.recipe import RunConfig
 
 log = logging.getLogger(__name__)
 
+Progress = Callable[[int, int, int], None]  # as `gdn.data.prepare` has it: tasks done, tasks in all, tokens so far
 VERDICT, PAGE = "verdict.json", "report.html"
 NOISE = 2.0  # standard errors: one cell in twenty lies farther off by chance alone
 _ROUNDING = 0.005  # of published values that have two digits; theirs whose standard error is 0 here
@@ -77,7 +76,12 @@ class Options:
 
 
 def reproduce(
-    run: RunConfig, options: Options, out: Path, device: torch.device, console: Console, progress: Progress | None = None
+    run: RunConfig,
+    options: Options,
+    out: Path,
+    device: torch.device,
+    console: Console,
+    progress: Callable[[int, int, int], None] | None = None,
 ) -> Result:
     """Go on with whatever of `run` is not done in `out`, to the verdict; a signal ends it with a checkpoint and without one.
 
@@ -114,6 +118,11 @@ def _prepare(options: Options, shards: Path, tokens: int, progress: Progress | N
         if not (shards / MANIFEST).exists():
             raise DataError(f"{shards}: no shards yet; prepare them first: the same command without torchrun, with --only-data")
         return
+    # Not at the top: with shards that are there already, a machine needs no datatrove.
+    from gdn.data.prepare import Options as PrepareOptions
+    from gdn.data.prepare import prepare
+    from gdn.data.sources import Source
+
     tokenizer = load_tokenizer(_tokenizer_folder(options.tokenizer))
     wanted = PrepareOptions(max_tokens=tokens, workers=options.workers)
     prepare([Source(options.source)], tokenizer, shards, wanted, progress)
@@ -250,9 +259,12 @@ def _conclude(
         "machine": {"device": machine, "python": platform.python_version(), "system": platform.platform()},
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d"),
     }
-    write_text(out / VERDICT, json.dumps(content, indent=1) + "\n")
     page = _page(run, options, out, outcome, device, content, points)
+    content["bits_per_byte"] = page.bits_per_byte if math.isfinite(page.bits_per_byte) else None
+    content["baselines"] = {baseline.name: baseline.bits_per_byte for baseline in page.baselines}
+    content["samples"] = [dataclasses.asdict(sample) for sample in page.samples]
     write_text(out / PAGE, render(page))
+    write_text(out / VERDICT, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
     _print(console, cells, verdict, out)
     return verdict
 
@@ -294,7 +306,8 @@ def _page(
         bits, baselines, texts = measure_heldout(model, tokenizer, shards, "with back-off, the same vocabulary")
         heads, strengths = memory_figures(model, shards)
         prompts += heldout_prompts(texts)
-    samples = write_samples(build_model(run, device), for_decoding(model, device), tokenizer, prompts)
+    untrained = build_model(replace(run, train=replace(run.train, dtype="float32")), torch.device("cpu"))
+    samples = write_samples(for_decoding(untrained, device), for_decoding(model, device), tokenizer, prompts)
     progress, data = outcome.progress, summary(manifest)
     facts = [
         ("model", f"{run.model.num_parameters():,} parameters, {run.model.num_hidden_layers} layers"),

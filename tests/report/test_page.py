@@ -7,7 +7,7 @@ from html.parser import HTMLParser
 
 import pytest
 
-from gdn.report.page import Baseline, HeadMemory, RunReport, Sample, WriteStrengths, render
+from gdn.report.page import BandPoint, Baseline, HeadMemory, RunReport, Sample, Verdicts, WriteStrengths, render
 
 VOID = {"meta", "br", "img", "link", "input", "hr"}
 
@@ -155,3 +155,53 @@ def test_verdict_bars_are_ordered_best_first():
     page = render(report())
     order = [page.index(f">{name}</text>") for name in ("xz -9", "this model", "gzip")]
     assert order == sorted(order)
+
+
+def costly(step):
+    return training_row(step) | {
+        "mfu": 0.4 + step / 1e6,
+        "mfu_measured": 0.5,
+        "memory_gib": 31.25 if step == 7 else 30.0,
+        "data_wait": 0.25,
+        "watts": 640.0,
+    }
+
+
+def test_what_a_run_took_is_shown_where_it_is_known():
+    plain = read(render(report())).words
+    assert "What it took" in plain and "Waiting for data, percent of the time" not in plain
+    page = replace(report(), metrics=[costly(step) for step in range(1, 101)])
+    words = read(render(page)).words
+    for expected in (
+        "Share of the machine's peak, percent",
+        "nominal 40.01",
+        "measured 50",
+        "Waiting for data, percent of the time",
+        "8,192",
+        "40.0 %",
+        "31.25 GiB",
+        "25.00 %",
+        "640 W",
+    ):
+        assert expected in words, expected
+
+
+def test_what_the_guard_saw():
+    assert "Every step had a finite loss and gradient, and no loss stood out." in read(render(report())).words
+    events = [{"step": 60, "loss_spike": 9.5, "loss_median": 2.25}, {"step": 70, "skipped": 1}, {"step": 70, "skipped": 1}]
+    words = read(render(replace(report(), metrics=[*report().metrics, *events]))).words
+    assert "spike: loss 9.500, median before 2.250" in words
+    assert words.count("not finite: skipped, the weights unchanged") == 1
+    assert words.index("70") < words.index("spike: loss 9.500, median before 2.250")  # latest first
+
+
+def test_verdicts_and_bands():
+    assert "Verdict" not in read(render(report())).words
+    table = Verdicts("Table <x>", "Within & without.", ("task", "verdict"), [("HellaSwag", "inside"), ("a<b", "outside")])
+    band = [BandPoint(1e6, 5.0, 4.75, 5.5), BandPoint(2e6, 4.0, 3.5, 4.25)]
+    page = render(replace(report(), verdicts=table, band=band))
+    words = read(page).words
+    for expected in ("Verdict", "Table <x>", "Within & without.", "a<b", "outside", "2.0M", "3.5000", "4.2500"):
+        assert expected in words, expected
+    # The band is drawn from its middle: 4.0 lies 0.125 above 3.875.
+    assert "this run 0.125" in words and "highest 0.375" in words

@@ -67,16 +67,16 @@ def guard_events(metrics: Sequence[Row]) -> str:
     for row in metrics:
         step = number(row, "step")
         if "skipped" in row:
-            found[step] = ("not finite", "skipped: weights and moments stayed as they were")
+            found[step] = "not finite: skipped, the weights unchanged"
         elif "loss_spike" in row:
-            found[step] = ("spike", f"loss {number(row, 'loss_spike'):.3f}, median before {number(row, 'loss_median'):.3f}")
-    cells = [f"<tr><td>{step:,.0f}</td><td>{kind}</td><td>{note}</td></tr>" for step, (kind, note) in sorted(found.items())]
+            found[step] = f"spike: loss {number(row, 'loss_spike'):.3f}, median before {number(row, 'loss_median'):.3f}"
+    cells = [f"<tr><td>{step:,.0f}</td><td>{note}</td></tr>" for step, note in sorted(found.items())]
     if not cells:
         body = "<p>Every step had a finite loss and gradient, and no loss stood out.</p>"
     else:
         rows = "".join(cells[::-1][:50])
-        head = "<thead><tr><th>step</th><th>what</th><th></th></tr></thead>"
-        body = f'<div class="table"><table class="words">{head}<tbody>{rows}</tbody></table></div>'
+        head = "<thead><tr><th>step</th><th>what</th></tr></thead>"
+        body = f'<div class="table"><table>{head}<tbody>{rows}</tbody></table></div>'
     return (
         f'<section class="card"><h3>Guard</h3>{body}<p class="caption">A step whose loss or gradient is not finite is skipped '
         "and its windows are written down; a loss far above those before it is noted.</p></section>"

@@ -1,6 +1,7 @@
 """What a run has to show, as frozen dataclasses, and the HTML page that shows it; measures nothing, writes no file."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from gdn.report.costs import cost_table, guard_events, use_of_machine
@@ -147,7 +148,7 @@ def _training(report: RunReport, history: History) -> str:
         figure(
             "Speed, tokens per second",
             line_chart(smoothed(speed), "tokens per second", x, from_zero=True),
-            "The first steps often include compilation. Later dips are usually held-out checks, checkpoints, or "
+            "The first steps often include compilation. Later dips are usually a checkpoint written beside the training, or "
             "another program on the machine.",
         ),
         *use_of_machine(history),
@@ -162,26 +163,45 @@ def _training(report: RunReport, history: History) -> str:
 
 
 def _verdicts(report: RunReport) -> str:
-    """What was expected, beside what came of it: a chart of a band, a table, or nothing."""
-    cards = []
-    if report.band:
-        x = tuple(point.tokens for point in report.band)
-        lines = [
-            Series("this run", x, tuple(point.loss for point in report.band), "dots"),
-            Series("highest", x, tuple(point.high for point in report.band)),
-            Series("lowest", x, tuple(point.low for point in report.band)),
-        ]
-        caption = "Mean loss of each stretch of the run, and the band that recorded runs span; docs/reproduce.md says how."
-        cards.append(figure("Loss within the recorded band", line_chart(lines, "loss and its band", "tokens"), caption))
+    """What was expected, beside what came of it: a band, a table, or nothing."""
+    parts = _band(report.band) if report.band else ""
     if report.verdicts is not None:
         table = report.verdicts
-        head = "".join(f"<th>{prose(name)}</th>" for name in table.columns)
-        body = "".join("<tr>" + "".join(f"<td>{prose(cell)}</td>" for cell in row) + "</tr>" for row in table.rows)
-        cards.append(
-            f'<section class="card"><h3>{prose(table.title)}</h3><div class="table"><table class="words"><thead><tr>{head}'
-            f'</tr></thead><tbody>{body}</tbody></table></div><p class="caption">{prose(table.caption)}</p></section>'
-        )
-    return f"<h2>Verdict</h2>{''.join(cards)}" if cards else ""
+        parts += f'<section class="card wide"><h3>{prose(table.title)}</h3>{_table(table.columns, table.rows)}'
+        parts += f'<p class="caption">{prose(table.caption)}</p></section>'
+    return f"<h2>Verdict</h2>{parts}" if parts else ""
+
+
+def _band(points: Sequence[BandPoint]) -> str:
+    x = tuple(point.tokens for point in points)
+    # From the band's middle: the fall of the loss itself is fifty times as high as the band.
+    middle = [(point.low + point.high) / 2 for point in points]
+    lines = [
+        Series("this run", x, tuple(point.loss - m for point, m in zip(points, middle)), "dots"),
+        Series("highest", x, tuple(point.high - m for point, m in zip(points, middle))),
+        Series("lowest", x, tuple(point.low - m for point, m in zip(points, middle))),
+    ]
+    chart = figure(
+        "Loss within the recorded band",
+        line_chart(lines, "loss and its band", "tokens"),
+        "Mean loss of each stretch of the run, and the band that recorded runs span, both from that band's middle, in nats "
+        "per token.",
+    )
+    rows = [
+        (f"{point.tokens / 1e6:,.1f}M", f"{point.loss:.4f}", f"{point.low:.4f}", f"{point.high:.4f}") for point in points[::-1]
+    ]
+    table = _table(("tokens", "loss", "lowest", "highest"), rows)
+    caption = "The same as numbers, latest first."
+    return (
+        f'<div class="grid">{chart}<section class="card"><h3>Stretches of the run</h3>{table}'
+        f'<p class="caption">{caption}</p></section></div>'
+    )
+
+
+def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    head = "".join(f"<th>{prose(name)}</th>" for name in columns)
+    body = "".join("<tr>" + "".join(f"<td>{prose(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+    return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 
 def _heldout_table(history: History) -> str:
