@@ -4,6 +4,7 @@
     python benchmarks/data.py batch                         # sparse files of 150 shards in a temporary folder
     python benchmarks/data.py memory TOKENIZER [--engine E] # peak of `gdn prepare` with one document of 50 MB among others
 
+With `--plain` the first and the last take the same tokenizer with an NFC normalizer, for which no cut into words is known.
 Prints JSON; what was measured on which machine stands in docs/log.md and benchmarks/results/data_cpu.json.
 """
 
@@ -38,17 +39,35 @@ def main() -> None:
     add.add_argument("tokenizer", type=Path)
     add.add_argument("--documents", type=int, default=600, help="of the comparison in one process")
     add.add_argument("--engines", default="tokenizers", help="end to end: some of tokenizers,gigatoken")
+    add.add_argument("--plain", action="store_true", help="the path of tokenizers that have no cut into words")
     add.set_defaults(run=tokenize)
     add = commands.add_parser("batch")
     add.set_defaults(run=batch)
     add = commands.add_parser("memory")
     add.add_argument("tokenizer", type=Path)
     add.add_argument("--engine", default="tokenizers", help="(default: %(default)s)")
+    add.add_argument("--plain", action="store_true", help="the path of tokenizers that have no cut into words")
     add.set_defaults(run=memory)
     args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        if getattr(args, "plain", False):
+            args.tokenizer = _without_words(args.tokenizer, Path(folder))
+        results = args.run(args)
     machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
     machine |= {"tokenizers": tokenizers.__version__, "date": time.strftime("%Y-%m-%d")}
-    print(json.dumps({"command": sys.argv[1], "machine": machine} | args.run(args), indent=1))
+    print(json.dumps({"command": sys.argv[1], "machine": machine} | results, indent=1))
+
+
+def _without_words(tokenizer: Path, folder: Path) -> Path:
+    from gdn.data.cuts import word_cut
+    from gdn.data.tokenizer import load_tokenizer
+
+    load_tokenizer(tokenizer).save(folder)
+    definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+    definition["normalizer"]["normalizers"].append({"type": "NFC"})
+    assert word_cut(definition) is None
+    (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
+    return folder
 
 
 def tokenize(args: argparse.Namespace) -> dict[str, Any]:
@@ -98,25 +117,30 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def _end_to_end(args: argparse.Namespace, best: float, engine: Any) -> dict[str, Any]:
-    """`gdn prepare` with two workers over the whole source: decompression, writing and checksums, from first to last task."""
+    """`gdn prepare` with two workers over the whole source: decompression, writing and checksums.
+
+    Start-up is what the same takes with two tasks of one word; it is given, and the second ratio is without it.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "words").mkdir()
+        for word in ("one", "two"):
+            (folder / "words" / f"{word}.jsonl").write_text(json.dumps({"text": word, "left out": " " * (1 << 20)}) + "\n")
+        _, startup = _prepare(folder / "words", args.tokenizer, folder / "first", engine)
+        tokens, seconds = _prepare(args.source, args.tokenizer, folder / "out", engine)
+    speed = tokens / (seconds - startup)
+    row = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "ratio": tokens / seconds / best}
+    return row | {"start-up, s": startup, "ratio without start-up": speed / best}
+
+
+def _prepare(source: Path, tokenizer: Path, out: Path, engine: Any) -> tuple[int, float]:
     from gdn.data.prepare import Options, prepare
     from gdn.data.sources import Source
     from gdn.data.tokenizer import load_tokenizer
 
-    states: list[tuple[float, int]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        began = time.monotonic()
-        watch = lambda done, total, tokens: states.append((time.monotonic(), tokens))  # noqa: E731
-        manifest = prepare(
-            [Source(str(args.source))],
-            load_tokenizer(args.tokenizer),
-            Path(folder) / "out",
-            Options(workers=2, engine=engine),
-            watch,
-        )
-        seconds = time.monotonic() - began
-    tokens = sum(manifest.num_tokens(split) for split in manifest.splits)
-    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "ratio": tokens / seconds / best}
+    began = time.monotonic()
+    manifest = prepare([Source(str(source))], load_tokenizer(tokenizer), out, Options(workers=2, engine=engine))
+    return sum(manifest.num_tokens(split) for split in manifest.splits), time.monotonic() - began
 
 
 def batch(args: argparse.Namespace) -> dict[str, Any]:

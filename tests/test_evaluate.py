@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 pytest.importorskip("lm_eval")
 
@@ -15,6 +16,7 @@ from eval_testing import make_documents, make_model, write_data, write_tokenizer
 
 from gdn.cli import main
 from gdn.eval import harness
+from gdn.evaluate import _Table
 from gdn.model.load import save_model
 
 
@@ -56,6 +58,16 @@ def test_the_table_is_printed_and_kept(
     assert "[0]" in content["lock"]["bos"]
     page = (out / "report.html").read_text()
     assert "ARC-Easy, right answer: 0" in page and "0.463" in page and "(1 unusable rows left out)" in page
+
+
+def test_the_table_says_where_essays_are_repeated_and_what_the_needles_come_to(capsys: pytest.CaptureFixture[str]) -> None:
+    result = {"metric": "ruler_exact_1048576", "value": 0.5, "stderr": 0.1, "documents": 2, "left_out": 0, "repeated": True}
+    with _Table(Console(width=160)) as table:
+        table.add("niah_single_2@1048576", result)
+        table.add("ruler", result | {"metric": "2048", "value": 0.745, "repeated": False})
+    shown = capsys.readouterr().out
+    assert "niah_single_2@1048576: the essays are shorter than this and are repeated" in shown and shown.count("repeated") == 1
+    assert "RULER, mean of the four" in shown and shown.count("0.7450") == 4 and "+0.0" in shown
 
 
 def test_an_error_keeps_what_is_finished_and_the_next_call_reuses_it(

@@ -98,6 +98,7 @@ def _parser() -> argparse.ArgumentParser:
     which = add.add_mutually_exclusive_group(required=True)
     which.add_argument("--step", type=int, help="counted from 0")
     which.add_argument("--windows", metavar="A,B,...", help="as named where a loss is not finite")
+    which.add_argument("--dump", type=Path, metavar="FILE", help="nonfinite-step-*.json of a run, whose recipe lies beside it")
     add.add_argument(
         "--recipe", nargs="+", default=[], metavar="RECIPE [a.b=value]", help="of the run, for its seq_len, batch and seed"
     )
@@ -233,18 +234,22 @@ def _data_check(args: argparse.Namespace) -> int:
 
 def _data_show(args: argparse.Namespace) -> int:
     from gdn.config import load
-    from gdn.data.inspect import windows_of
+    from gdn.data.inspect import dumped_windows, windows_of
     from gdn.data.loader import Loader
     from gdn.data.shards import TOKENIZER, TRAIN, TokenShards
     from gdn.data.tokenizer import load_tokenizer
     from gdn.train.recipe import RunConfig
 
-    run = load(RunConfig, Path(args.recipe[0]), args.recipe[1:]) if args.recipe else None
+    recipe = args.recipe or ([args.dump.parent / "recipe.toml"] if args.dump else [])
+    run = load(RunConfig, Path(recipe[0]), recipe[1:]) if recipe else None
     sizes = (run.data.seq_len, 1, run.data.global_batch_size, run.train.seed) if run else (2048, 1, 256, 42)
     if args.step is not None and args.step < 0:
         raise DataError(f"--step {args.step}; expected 0 or more")
     loader = Loader(TokenShards.open(args.folder, TRAIN), *sizes)
-    windows = loader.windows(args.step).tolist() if args.step is not None else _numbers(args.windows, int, "--windows")
+    if args.dump is not None:
+        windows = dumped_windows(args.dump)
+    else:
+        windows = loader.windows(args.step).tolist() if args.step is not None else _numbers(args.windows, int, "--windows")
     for window in windows_of(loader, load_tokenizer(args.folder / TOKENIZER), windows):
         print(f"=== window {window.window}: tokens {window.start} to {window.start + loader.seq_len}")
         print("\n--- document\n".join(window.documents))

@@ -13,7 +13,7 @@ from rich.table import Table
 from gdn import __version__
 from gdn.errors import CheckpointError, ConfigError
 from gdn.eval import harness, local
-from gdn.eval.card import in_errors, row_of
+from gdn.eval.card import MEAN, in_errors, row_of, ruler_mean
 from gdn.eval.results import Results, read_samples
 from gdn.eval.scoring import TOKEN_BUDGET, Scorer
 from gdn.files import sha256_file, write_text
@@ -50,7 +50,8 @@ def evaluate(folder: Path, options: Options, out: Path, device: torch.device, co
     """
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit = {options.limit}; expected at least 1")
-    works = harness.plan(options.tasks, stream=options.stream, ruler_lengths=options.ruler_lengths)
+    tasks = options.tasks if options.data is not None else harness.expand(options.tasks)
+    works = harness.plan(tasks, stream=options.stream, ruler_lengths=options.ruler_lengths)
     tokenizer = harness.load_tokenizer(folder)
     dtype = _dtype(options.dtype, device)
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
@@ -71,7 +72,9 @@ def evaluate(folder: Path, options: Options, out: Path, device: torch.device, co
                 )
                 result = results.add(work.name, measured) if first else measured
             table.add(work.name, result)
-    numbers = {work.name: results.tasks[work.name] for work in works if work.name in results.tasks}
+        numbers = {work.name: results.tasks[work.name] for work in works if work.name in results.tasks}
+        if mean := ruler_mean(numbers):
+            table.add(MEAN.task, mean)
     if first:
         samples = {name: read_samples(out, name, task["samples_sha256"]) for name, task in numbers.items()}
         write_text(out / PAGE, render_evaluation(_report(folder, lock, numbers, samples)))
@@ -83,19 +86,8 @@ def _report(
 ) -> EvaluationReport:
     rows, needles, examples = [], [], []
     for name, task in tasks.items():
+        rows.append(_measured(name, task))
         row = row_of(name, task["metric"])
-        rows.append(
-            Measured(
-                row.title,
-                task["metric"],
-                task["value"],
-                task["stderr"],
-                row.published,
-                row.chance,
-                task["documents"],
-                task["left_out"],
-            )
-        )
         depths: dict[int, list[float]] = {}
         for sample in samples[name]:
             if "depth" in sample:
@@ -109,10 +101,17 @@ def _report(
                 examples.append(Example(row.title, sample["prompt_end"], tuple(answers), str(sample["target"])))
         label = f"{name.split('@')[0]}, {task['length']:,}" if task["length"] else name
         needles += [Cell(label, f"{depth / 5:.1f}", sum(hits) / len(hits)) for depth, hits in sorted(depths.items())]
+    if mean := ruler_mean(tasks):
+        rows.append(_measured(MEAN.task, mean))
     needles.sort(key=lambda cell: cell.column)
-    verdict = f"{len(rows)} measurements on {sum(row.documents for row in rows):,} documents."
+    verdict = f"{len(tasks)} measurements on {sum(task['documents'] for task in tasks.values()):,} documents."
     facts = [("checkpoint", str(folder)), *((name, str(value)) for name, value in lock.items())]
     return EvaluationReport(folder.name, verdict, rows, needles, examples, facts)
+
+
+def _measured(name: str, task: dict[str, Any]) -> Measured:
+    row, metric, value, stderr = row_of(name, task["metric"]), task["metric"], task["value"], task["stderr"]
+    return Measured(row.title, metric, value, stderr, row.published, row.chance, task["documents"], task["left_out"])
 
 
 class _Table:

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from gdn.data import encoding
-from gdn.data.encoding import DocumentEncoder, GigatokenEncoder, make_encoder, word_cut
+from gdn.data.cuts import _PATTERNS, _SENTENCEPIECE, piece_cut, word_cut
+from gdn.data.encoding import DocumentEncoder, GigatokenEncoder, make_encoder
 from gdn.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from gdn.errors import DataError, RunError
 
@@ -47,7 +48,7 @@ def sentencepiece(**changes: Any) -> dict[str, Any]:
     added = [{"id": i, "content": entries[i]} | special for i in range(3)]
     definition = {"version": "1.0", "truncation": None, "padding": None, "added_tokens": added, "pre_tokenizer": None}
     definition |= {
-        "normalizer": copy.deepcopy(encoding._SENTENCEPIECE),
+        "normalizer": copy.deepcopy(_SENTENCEPIECE),
         "post_processor": None,
         "decoder": None,
         "model": model,
@@ -56,7 +57,7 @@ def sentencepiece(**changes: Any) -> dict[str, Any]:
 
 
 def tokenizer(definition: dict[str, Any]) -> Tokenizer:
-    return Tokenizer(json.dumps(definition).encode(), {"bos_token": "<s>"} if definition["added_tokens"] else {})
+    return Tokenizer(json.dumps(definition).encode(), {})
 
 
 SMALL = tokenizer(sentencepiece())
@@ -163,6 +164,135 @@ def test_the_published_vocabulary_takes_the_fast_path(test_data: Callable[[str],
     text = test_data("data/eval/wiki.test.raw").read_text(encoding="utf-8")[:300_000]
     code = Path(encoding.__file__).read_text(encoding="utf-8")
     same(published, [text, code, "The capital of France is", "", " ", "\n", "  \u2581 x", "漢字 and 😀😀\n\n\n    x"])
+
+
+# --- long texts where words cannot be cut ----------------------------------------------------------------------------------
+
+PREPEND, REPLACE = _SENTENCEPIECE["normalizers"]
+FOUND = {
+    "id": 0,
+    "content": "ab",
+    "single_word": False,
+    "lstrip": False,
+    "rstrip": False,
+    "normalized": False,
+    "special": False,
+}
+BYTES = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}
+METASPACE = {"type": "Metaspace", "replacement": "\u2581", "prepend_scheme": "first", "split": True}
+
+
+def sequence(*steps: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "Sequence", "normalizers" if steps[0]["type"] in ("Prepend", "Replace") else "pretokenizers": list(steps)}
+
+
+def split(pattern: str, behavior: str = "Isolated", invert: bool = False) -> dict[str, Any]:
+    return {"type": "Split", "pattern": {"Regex": pattern}, "behavior": behavior, "invert": invert}
+
+
+def byte_level(*splitters: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    return json.loads(BYTE_LEVEL.serialized) | {"pre_tokenizer": sequence(*splitters)} | changes
+
+
+def normalized(*kinds: str) -> dict[str, Any]:
+    return sentencepiece(normalizer=sequence(PREPEND, REPLACE, *({"type": kind} for kind in kinds)))
+
+
+def with_found(definition: dict[str, Any], **changes: Any) -> dict[str, Any]:
+    """With a token that is found in texts."""
+    token = FOUND | {"id": len(definition["model"]["vocab"]) + 1} | changes
+    return definition | {"added_tokens": [*definition["added_tokens"], token]}
+
+
+UNIGRAM = {"type": "Unigram", "unk_id": 0, "byte_fallback": False}
+UNIGRAM["vocab"] = [
+    ["<unk>", 0.0],
+    *([piece, -5.0] for piece in " \u2581abstheLnd1.,!'"),
+    ["\u2581the", -6.0],
+    ["st", -7.0],
+    ["st\u2581", -3.0],
+]
+CUT = {
+    "NFC": normalized("NFC"),
+    "NFKD, no accents, lower case": normalized("NFKD", "StripAccents", "Lowercase"),
+    "newlines merge": (lambda d: (with_merge("\n", "\n")(d), d)[1])(sentencepiece()),
+    "a token in texts": with_found(sentencepiece(normalizer=REPLACE)),
+    "a token that begins with a space": with_found(byte_level(BYTES | {"use_regex": True}), content=" a"),
+    "GPT-4": byte_level(split(_PATTERNS[0]), BYTES),
+    "Qwen 2": byte_level(split(_PATTERNS[1], "Removed", True), BYTES, normalizer={"type": "NFC"}),
+    "prefix": byte_level(BYTES | {"use_regex": True, "add_prefix_space": True}),
+    "Falcon": byte_level(
+        {"type": "Punctuation", "behavior": "Contiguous"}, BYTES | {"use_regex": True}, split("[0-9][0-9][0-9]")
+    ),
+    "digits": byte_level({"type": "Digits", "individual_digits": True}, BYTES | {"use_regex": True}),
+    "Metaspace": sentencepiece(normalizer=None, pre_tokenizer=METASPACE, model=UNIGRAM, added_tokens=[]),
+    "T5": sentencepiece(
+        normalizer=None,
+        pre_tokenizer=sequence({"type": "WhitespaceSplit"}, METASPACE | {"prepend_scheme": "always"}),
+        model=UNIGRAM,
+    )
+    | {"added_tokens": []},
+}
+
+
+@pytest.mark.parametrize("definition", CUT.values(), ids=CUT)
+def test_long_texts_in_pieces_have_the_same_ids(definition: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_PIECE", 4)
+    monkeypatch.setattr(encoding, "_SLICE", 12)
+    tokens = tokenizer(definition)
+    assert word_cut(definition) is None and DocumentEncoder(tokens, U2)._after_cut is not None
+
+    @settings(max_examples=150, deadline=None)
+    @given(st.lists(TEXTS.map("".join), max_size=3))
+    def check(texts: list[str]) -> None:
+        same(tokens, texts)
+
+    check()
+    same(tokens, ["the and the 1 a. the  and\n the\u00b4 ab e\u0301 t \u2581the \ufdfa the \u037a the abs tst the"])
+
+
+NOT_CUT = {
+    "a merge across": (lambda d: (with_merge("t", "\u2581")(d), d)[1])(normalized("NFC")),
+    "no sign for a space": sentencepiece(normalizer=PREPEND),
+    "whole words first": normalized("NFC") | {"model": normalized()["model"] | {"ignore_merges": True}},
+    "random": normalized("NFC") | {"model": normalized()["model"] | {"dropout": 0.1}},
+    "another model": sentencepiece(model=UNIGRAM, added_tokens=[]),
+    "Strip": normalized() | {"normalizer": {"type": "Strip", "strip_left": True, "strip_right": True}},
+    "another replacement": sentencepiece(normalizer=REPLACE | {"pattern": {"Regex": "t "}}),
+    "a token after which a sign is prepended": with_found(normalized("NFC")),
+    "a token with a space": with_found(sentencepiece(normalizer=REPLACE), content="a t"),
+    "a token that takes spaces": with_found(sentencepiece(normalizer=REPLACE), rstrip=True),
+    "a token of whole words": with_found(sentencepiece(normalizer=REPLACE), single_word=True),
+    "a token that is normalized": with_found(sentencepiece(normalizer=REPLACE), normalized=True),
+    "another pattern": byte_level(split("t t|."), BYTES),
+    "merged with what is beside": byte_level(split(_PATTERNS[0], "MergedWithNext"), BYTES),
+    "no pattern": byte_level(BYTES),
+    "spaces replaced before": byte_level(BYTES | {"use_regex": True, "add_prefix_space": True}, normalizer=REPLACE),
+    "the sign not split": sentencepiece(
+        normalizer=None, pre_tokenizer=METASPACE | {"split": False}, model=UNIGRAM, added_tokens=[]
+    ),
+    "first after another": byte_level(BYTES | {"use_regex": True}, METASPACE),
+}
+
+
+@pytest.mark.parametrize("definition", NOT_CUT.values(), ids=NOT_CUT)
+def test_a_long_text_that_cannot_be_cut_is_refused(definition: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_PIECE", 10)
+    monkeypatch.setattr(encoding, "_LONGEST_PIECE", 30)
+    assert piece_cut(definition) is None
+    encoder = DocumentEncoder(tokenizer(definition), U2)
+    if not definition["model"].get("dropout"):
+        same(encoder._tokenizer, ["the and the ab t t the 1 the "])
+    with pytest.raises(DataError, match="40 characters, and no cut is exact for this tokenizer; expected at most 30"):
+        encoder.encode(["ab t" * 10])
+
+
+def test_a_long_text_without_a_place_to_cut_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "_PIECE", 10)
+    monkeypatch.setattr(encoding, "_LONGEST_PIECE", 30)
+    encoder = DocumentEncoder(tokenizer(normalized("NFC")), U2)
+    with pytest.raises(DataError, match="33 characters without a space after a letter; expected at most 30"):
+        encoder.encode(["the and the" + " 1" * 16 + "."])
 
 
 # --- the other engine -----------------------------------------------------------------------------------------------------

@@ -68,12 +68,24 @@ def test_the_command_shows_a_step_and_named_windows(
     assert [int(line.split()[2].strip(":")) for line in by_step.splitlines() if line.startswith("===")] == windows
     assert main([*command, *known, "--windows", ",".join(map(str, windows))]) == 0
     assert capsys.readouterr().out == by_step
+    dump = tmp_path / "nonfinite-step-00000006.json"  # beside the recipe, as in a run's folder
+    dump.write_text(json.dumps({"step": 6, "windows": windows, "loss": "nan", "grad_norm": 1.0}) + "\n")
+    assert main([*command, "--dump", str(dump)]) == 0
+    assert capsys.readouterr().out == by_step
     assert main([*command, "--step", "5", *known, "train.seed=4"]) == 0
     assert capsys.readouterr().out != by_step
+    other, away = tmp_path / "other.json", tmp_path / "away" / "dump.json"
+    other.write_text('{"windows": [1, "2"]}')
+    away.parent.mkdir()
+    away.write_text(dump.read_text())
     for arguments, message in [
         ([*command, "--step", "-1", *known], "--step -1; expected 0 or more"),
         ([*command, *known, "--windows", "1,x"], "--windows '1,x': expected numbers"),
         ([*command, "--windows", "999"], "window 999; expected 0 to"),
+        ([*command, "--dump", str(tmp_path / "no.json")], "no.json: cannot be read: No such file"),
+        ([*command, "--dump", str(recipe)], "recipe.toml: expected a nonfinite-step-*.json of a run"),
+        ([*command, "--dump", str(other)], "other.json: expected a nonfinite-step-*.json of a run"),
+        ([*command, "--dump", str(away)], "recipe.toml"),
     ]:
         assert main(arguments) == 2
         assert message in capsys.readouterr().err

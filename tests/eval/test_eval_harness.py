@@ -1,5 +1,6 @@
 """The harness's tasks on our model: the scores of its own HFLM for the same ids, whatever the batches; texts and tables."""
 
+import json
 import math
 import random
 import re
@@ -13,7 +14,7 @@ import torch
 pytest.importorskip("lm_eval")
 
 import lm_eval.models  # noqa: F401  its own registry first, so that HFLM is found
-from eval_testing import make_documents, make_model, write_data, write_tokenizer
+from eval_testing import make_documents, make_model, sentence, write_data, write_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
 
@@ -201,6 +202,67 @@ def test_what_a_result_tells(model: GatedDeltaNetLM, tokenizer: Any, data: Path)
     assert result["tokens_computed"] < result["tokens_asked"]
     limited = harness.run_task(ours, harness.Work("sciq", "sciq"), tokenizer, data=data, limit=2)
     assert [s["responses"] for s in limited["samples"]] == [s["responses"] for s in result["samples"][:2]]
+
+
+@pytest.fixture
+def local_tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two tasks with a training split, a tag, and groups, in place of the harness's own index."""
+    for split, count in (("train", 5), ("test", 4)):
+        rows = [{"q": sentence(n + count), "choices": [sentence(n), sentence(n + 3, 4)], "gold": n % 2} for n in range(count)]
+        (tmp_path / f"{split}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    task = f"""
+dataset_path: json
+dataset_kwargs: {{data_files: {{train: {tmp_path}/train.jsonl, test: {tmp_path}/test.jsonl}}}}
+output_type: multiple_choice
+training_split: train
+test_split: test
+fewshot_split: train
+doc_to_text: "Question: {{{{q}}}}\\nAnswer:"
+doc_to_target: gold
+doc_to_choice: choices
+metric_list: [{{metric: acc}}]
+tag: [both]
+task: """
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(task + name + "\n")
+    (tmp_path / "group.yaml").write_text("group: all\ntask: [both, two]\naggregate_metric_list: [{metric: acc}]\n")
+    (tmp_path / "other.yaml").write_text("group: shots\ntask: [{task: one, num_fewshot: 3}]\n")
+    (tmp_path / "set.yaml").write_text("group: settings\ntask: [one]\nnum_fewshot: 3\n")
+    index = harness.TaskManager(include_defaults=False, include_path=str(tmp_path))
+    monkeypatch.setattr(harness, "_index", lambda: index)
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.mark.usefixtures("local_tasks")
+def test_few_examples_in_front_are_the_harness_own(model: GatedDeltaNetLM, tokenizer: Any) -> None:
+    ours, theirs = Recorder(harness.adapt(Scorer(model), tokenizer, 400)), as_hflm(model, tokenizer)
+    theirs._max_length = 400
+    hflm = Recorder(theirs)
+    work = harness.Work("one", "one")
+    mine = harness.run_task(ours.lm, work, tokenizer, num_fewshot=2)
+    other = harness.run_task(hflm.lm, work, tokenizer, num_fewshot=2)
+    same(ours.answers, hflm.answers, 1e-4)
+    assert [request.args for request in ours.asked] == [request.args for request in hflm.asked]
+    assert all(request.args[0].count("Question:") == 3 for request in ours.asked) and mine["num_fewshot"] == 2
+    assert mine["prompts_sha256"] == other["prompts_sha256"]
+    plain = harness.run_task(ours.lm, work, tokenizer)
+    assert plain["num_fewshot"] == 0 and plain["prompts_sha256"] != mine["prompts_sha256"]
+    assert ours.asked[-1].args[0].count("Question:") == 1
+
+
+@pytest.mark.usefixtures("local_tasks")
+def test_tags_and_groups_are_the_tasks_in_them() -> None:
+    assert harness.expand(["card", "both", "niah_single_1", "nowhere"]) == ["card", "one", "two", "niah_single_1", "nowhere"]
+    assert harness.expand(["two", "all"]) == ["two", "one"]
+    for name in ("shots", "settings"):
+        with pytest.raises(ConfigError, match=f"{name}: a group .* that changes its tasks' settings"):
+            harness.expand([name])
+
+
+def test_names_of_the_table_need_no_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(harness, "_index", lambda: pytest.fail("half a minute of processor time"))
+    names = ["card", "copa", "wikitext_stream", "niah_multiquery"]
+    assert harness.expand(names) == names
 
 
 def test_bad_setups_are_named(model: GatedDeltaNetLM, tokenizer: Any, data: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from gdn.errors import ConfigError, DataError
-from gdn.eval.card import in_errors, mean_error, perplexity_error, row_of
+from gdn.eval.card import RULER_CARD, in_errors, mean_error, perplexity_error, row_of, ruler_mean
 from gdn.eval.results import Results, compare, paired, read_results, read_samples
 
 LOCK = {"lm_eval": "0.4.13", "model": "a" * 64, "limit": None}
@@ -134,3 +134,15 @@ def test_results_are_readable_json(tmp_path: Path) -> None:
     Results(tmp_path, LOCK, "x").add("copa", result([0.0]))
     content = json.loads((tmp_path / "results.json").read_text())
     assert "samples" not in content["tasks"]["copa"] and content["lock"] == LOCK
+
+
+def test_the_mean_of_the_needles_is_beside_the_published_one() -> None:
+    part = {"metric": "2048", "stderr": 0.02, "documents": 500, "left_out": 0}
+    values = zip(RULER_CARD, (1.0, 0.9, 0.5, 0.4))
+    results = {row.task: part | {"value": value} for row, value in values}
+    mean = ruler_mean(results)
+    assert mean is not None and mean["value"] == pytest.approx(0.7) and mean["stderr"] == pytest.approx(0.01)
+    assert mean["documents"] == 2000 and row_of("ruler", mean["metric"]).published == 0.745
+    assert ruler_mean({**results, "niah_single_1": part | {"value": 1.0, "stderr": None}})["stderr"] is None
+    del results["niah_single_3"]
+    assert ruler_mean(results) is None

@@ -101,6 +101,34 @@ def test_short_essays_are_repeated_and_it_is_told(data: Path, tokenizer: Any, tm
     assert "repeated" not in short and short["input"].count("sentence 7 of") == 1
 
 
+class Words:
+    """A tokenizer of words, in place of a slow one where a million are counted."""
+
+    def __init__(self) -> None:
+        self.long_texts = 0
+
+    def __call__(self, text: str | list[str]) -> dict[str, Any]:
+        self.long_texts += isinstance(text, str) and len(text) > 1_000_000
+        return {"input_ids": [part.split() for part in text] if isinstance(text, list) else text.split()}
+
+
+def test_a_million_tokens_of_noise_are_filled(data: Path) -> None:
+    words = Words()
+    for length in (1 << 19, 1 << 20):
+        (sample,) = make("niah_single_1", data, words, length=length, sizing="exact", samples=1)
+        assert 0.9999 * length <= sample["length"] <= length and "repeated" not in sample
+    assert words.long_texts < 15  # a text of a million tokens takes seconds to make
+
+
+@pytest.mark.soak
+def test_the_longest_essays_are_filled_and_begin_again_where_they_end(data: Path, tokenizer: Any) -> None:
+    for length, repeated in ((1 << 19, False), (1 << 20, True)):
+        (sample,) = make("niah_single_2", data, tokenizer, length=length, sizing="exact", samples=1)
+        tokens = len(tokenizer(sample["input"])["input_ids"]) + ruler.ANSWER
+        assert tokens == sample["length"] and 0.98 * length <= tokens <= length
+        assert sample.get("repeated", False) is repeated
+
+
 def test_the_cards_essays_run_short(data: Path, tokenizer: Any) -> None:
     (sample,) = make("niah_single_2", data, tokenizer, length=2048, samples=1)
     assert 1300 < sample["length"] < 1700  # 1,000 words, and 500 more would be too many

@@ -72,6 +72,15 @@ def report(steps=200):
     )
 
 
+def test_scores_of_tasks_have_a_figure_for_each_metric():
+    rows = [{"step": s, "heldout_loss": 3.0, "copa/acc": s / 200, "sciq/acc": 0.5, "piqa/acc_norm": 0.6} for s in (50, 150)]
+    page = render(replace(report(), metrics=[*report().metrics, *rows]))
+    words = read(page).words
+    assert words[words.index("Tasks, acc") :].index("piqa, acc_norm") > 0
+    assert {"copa 0.75", "sciq 0.5"} <= set(words[words.index("Tasks, acc") : words.index("piqa, acc_norm")])
+    assert "Tasks, " not in render(report())
+
+
 def test_page_is_balanced_and_holds_every_word_and_number_given():
     reader = read(render(report()))
     words = "".join(reader.words)

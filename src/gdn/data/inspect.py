@@ -41,6 +41,19 @@ def windows_of(loader: Loader, tokenizer: Tokenizer, windows: Sequence[int]) -> 
         yield Window(window, start, [tokenizer.decode(part.tolist()) for part in parts])
 
 
+def dumped_windows(file: Path) -> list[int]:
+    """The windows in the file that training writes at a step that was not finite; DataError for a file that is none."""
+    try:
+        windows = json.loads(file.read_text(encoding="utf-8"))["windows"]
+    except OSError as error:
+        raise DataError(f"{file}: cannot be read: {error.strerror}") from None
+    except (ValueError, KeyError, TypeError):
+        windows = None
+    if not isinstance(windows, list) or not all(type(window) is int for window in windows):
+        raise DataError(f"{file}: expected a nonfinite-step-*.json of a run: a JSON object with a list of 'windows'")
+    return windows
+
+
 class Overlap(NamedTuple):
     """What one evaluation task shares with the training text."""
 

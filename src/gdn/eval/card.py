@@ -1,8 +1,8 @@
 """The published evaluation table, and what is measured beside it: which task, which metric, how far apart."""
 
 import math
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 # Published with puigde/gated-deltanet-360M-15B-slimpajama, zero-shot. RULER at 2,048 tokens.
 RULER_LENGTH = 2048
@@ -41,13 +41,26 @@ RULER_CARD = (
     Row("niah_multikey_1", "RULER niah_multikey_1", str(RULER_LENGTH), 0.32, 0.0),
 )
 STREAM = Row("wikitext_stream", "WikiText-2, state carried on", "word_perplexity_stream", None, math.nan)
-_ROWS = {row.task: row for row in (*CARD, *RULER_CARD, STREAM)}
+MEAN = Row("ruler", "RULER, mean of the four", str(RULER_LENGTH), 0.745, 0.0)
+_ROWS = {row.task: row for row in (*CARD, *RULER_CARD, MEAN, STREAM)}
 
 
 def row_of(task: str, metric: str) -> Row:
     """The table's line for a measured task; of a task or metric that was not published, a line without that value."""
     row = _ROWS.get(task)
     return row if row is not None and row.metric == metric else Row(task, task, metric, None, math.nan)
+
+
+def ruler_mean(results: Mapping[str, Mapping[str, Any]]) -> dict[str, Any] | None:
+    """The mean of RULER's four published rows with its standard error; None where one of them was not measured."""
+    parts = [results[row.task] for row in RULER_CARD if row.task in results]
+    if len(parts) < len(RULER_CARD) or any(part["metric"] != MEAN.metric for part in parts):
+        return None
+    errors = [part["stderr"] for part in parts]
+    stderr = None if None in errors else math.sqrt(math.fsum(error**2 for error in errors)) / len(parts)
+    value = math.fsum(part["value"] for part in parts) / len(parts)
+    counts = {key: sum(part[key] for part in parts) for key in ("documents", "left_out")}
+    return {"metric": MEAN.metric, "value": value, "stderr": stderr, "repeated": False} | counts
 
 
 def in_errors(value: float, stderr: float | None, published: float | None) -> float | None:

@@ -9,6 +9,7 @@ import json
 import math
 import time
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -71,6 +72,35 @@ def plan(names: Sequence[str], *, stream: bool = False, ruler_lengths: Sequence[
     if stream:
         works.append(Work(STREAM.task, "wikitext"))
     return list(dict.fromkeys(works))
+
+
+def expand(names: Sequence[str]) -> list[str]:
+    """The names, with the harness's tags and groups replaced by the tasks in them; a name that is not known stays as it is.
+
+    Raises ConfigError for a group that gives its tasks other settings: by their names they would be other tasks.
+    """
+    own = {"card", *_ROLLING, *ruler.TASKS}
+    return list(
+        dict.fromkeys(task for name in names for task in ([name] if name in own or task_folder(name) else _members(name)))
+    )
+
+
+def _members(name: str) -> list[str]:
+    entry = _index().task_index.get(name)
+    if entry is None or name in _index().all_subtasks:
+        return [name]
+    inside = sorted(entry.tags) if name in _index().all_tags else (entry.cfg or {}).get("task")
+    settings = set(entry.cfg or {}) - {"group", "group_alias", "task", "aggregate_metric_list", "metadata", "tag", "include"}
+    if not isinstance(inside, list) or not all(isinstance(member, str) for member in inside) or settings:
+        raise ConfigError(
+            f"{name}: a group of lm-evaluation-harness that changes its tasks' settings; name tasks that are in it"
+        )
+    return [task for member in inside for task in _members(member)]
+
+
+@cache
+def _index() -> TaskManager:
+    return TaskManager()
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -221,7 +251,7 @@ def task_folder(name: str) -> Path | None:
 
 def _build(name: str, overrides: dict[str, Any], num_fewshot: int | None) -> Any:
     folder = task_folder(name)
-    manager = TaskManager() if folder is None else TaskManager(include_defaults=False, include_path=str(folder))
+    manager = _index() if folder is None else TaskManager(include_defaults=False, include_path=str(folder))
     if name not in manager.all_subtasks:
         if name in manager.all_tasks:
             raise ConfigError(f"{name} is a group of lm-evaluation-harness's tasks; name the tasks that are in it")

@@ -173,13 +173,21 @@ def _units(
             units += step
         return max(units - step, needles), step
     low, high = max(needles, 1), max(needles, 1) * 2
-    if tokens(low) > length:
+    below, above = tokens(low), tokens(high)
+    if below > length:
         raise ConfigError(f"{length:,} tokens have no room for {needles} needle(s) and the question")
-    while tokens(high) <= length:
-        low, high = high, high * 2
-    while high - low > 1:  # tokens grow with the units, but for what a cut word makes
-        middle = (low + high) // 2
-        low, high = (middle, high) if tokens(middle) <= length else (low, middle)
+    while above <= length:
+        low, high, below = high, high * 2, above
+        above = tokens(high)
+    while high - low > 1:
+        # Tokens grow about evenly with the units, and drawing a long text takes seconds: guess, rather than halve.
+        middle = low + (high - low) * (length - below) // (above - below)
+        middle = min(max(middle, low + 1), high - 1)
+        count_there = tokens(middle)
+        if count_there <= length:
+            low, below = middle, count_there
+        else:
+            high, above = middle, count_there
     return low, max(1, low // 500)
 
 

@@ -152,6 +152,7 @@ def _training(report: RunReport, history: History) -> str:
             "another program on the machine.",
         ),
         *use_of_machine(history),
+        *_tasks(history),
         _heldout_table(history),
         cost_table(history),
         guard_events(report.metrics),
@@ -202,6 +203,27 @@ def _table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     head = "".join(f"<th>{prose(name)}</th>" for name in columns)
     body = "".join("<tr>" + "".join(f"<td>{prose(cell)}</td>" for cell in row) + "</tr>" for row in rows)
     return f'<div class="table"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _tasks(history: History) -> list[str]:
+    """A figure for each metric: tasks of one metric have one scale."""
+    names = sorted({key for row in history.tasks for key in row if "/" in key})
+    figures = []
+    for metric in dict.fromkeys(name.split("/", 1)[1] for name in names):
+        lines = [
+            history.series(name.split("/", 1)[0], name, [row for row in history.tasks if name in row])
+            for name in names
+            if name.split("/", 1)[1] == metric
+        ]
+        figures.append(
+            figure(
+                f"{'Tasks' if len(lines) > 1 else lines[0].name}, {metric}",  # a line alone has no name beside it
+                line_chart(lines, f"{metric} of evaluation tasks", history.x_name),
+                "Scores on the first documents of each task, always the same ones, by the code of gdn eval. So few documents "
+                "make them move by some hundredths without a reason.",
+            )
+        )
+    return figures
 
 
 def _heldout_table(history: History) -> str:

@@ -17,6 +17,7 @@ class History:
 
     training: list[Row]
     heldout: list[Row]
+    tasks: list[Row]  # "task/metric" to value
     x_name: str
     tokens_at: dict[float, float]
 
@@ -47,10 +48,11 @@ def number(row: Row, key: str) -> float:
 def history_of(metrics: Sequence[Row]) -> History:
     training = {number(r, "step"): r for r in metrics if "loss" in r}
     heldout = {number(r, "step"): r for r in metrics if "heldout_loss" in r or "heldout_bits_per_byte" in r}
+    tasks = {number(r, "step"): r for r in metrics if any("/" in key for key in r)}
     known = {step: number(r, "tokens") for step, r in training.items()}
     tokens_at = {step: tokens for step, tokens in known.items() if math.isfinite(step) and math.isfinite(tokens)}
-    ordered = [[rows[step] for step in sorted(rows) if math.isfinite(step)] for rows in (training, heldout)]
-    return History(ordered[0], ordered[1], "tokens" if tokens_at else "steps", tokens_at)
+    ordered = [[rows[step] for step in sorted(rows) if math.isfinite(step)] for rows in (training, heldout, tasks)]
+    return History(ordered[0], ordered[1], ordered[2], "tokens" if tokens_at else "steps", tokens_at)
 
 
 def prose(words: str) -> str:
