@@ -1,14 +1,18 @@
 """What may befall a run, and what it must come to. Kills are in `test_kill`, bad numbers in `test_guard`."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from test_kill import ENVIRONMENT, write_recipe
 from train_testing import differences, go, make_run, make_shards, saved
 
 import gdn.train.loop as loop
 from gdn.errors import DataError
+from gdn.train.metrics import read_metrics
 
 
 def before_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Any) -> None:
@@ -55,3 +59,19 @@ def test_shard_that_changes_while_training_is_named_and_no_step_made_of_it(
     path.write_bytes(data)
     go(run, tmp_path / "run")
     assert differences(saved(tmp_path / "run", 6), saved(tmp_path / "whole", 6)) == []
+
+
+@pytest.mark.soak
+def test_torchrun_restarts_a_job_that_lost_a_process(shards: Path, tmp_path: Path) -> None:
+    """Killed in two steps; what torchrun starts again goes on from the newest checkpoint, to the same weights."""
+    run = make_run(shards, checkpoint={"every": 2, "keep": 100}, train={"steps": 9})
+    recipe = write_recipe(run, tmp_path / "recipe.toml")
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--max-restarts=3"]
+    script = str(Path(__file__).with_name("lost_rank.py"))
+    for name, lost in (("whole", ("-1", "-1")), ("run", ("3", "6"))):
+        arguments = [script, *lost, "--quiet", "train", recipe, "--out", str(tmp_path / name), "--device", "cpu"]
+        result = subprocess.run([*torchrun, *arguments], env=ENVIRONMENT, capture_output=True, text=True)
+        assert result.returncode == 0, result.stderr
+    assert differences(saved(tmp_path / "run", 9), saved(tmp_path / "whole", 9)) == []
+    steps = [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row]
+    assert steps[-1] == 9 and len(steps) > 9 and set(steps) == set(range(1, 10))  # some were made again

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
+import torch
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from torch import Tensor
@@ -45,6 +46,7 @@ class Saver:
         self._keep, self._workers = keep, workers
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
 
     def start(self, step: int, sharded: dict[str, Tensor], write: Callable[[Path], None]) -> None:
         """Begin to publish the checkpoint of `step`, after the one before: tensors on the CPU, and what `write` puts into it.
@@ -77,6 +79,8 @@ class Saver:
 
     def _run(self, step: int, sharded: dict[str, Tensor], write: Callable[[Path], None]) -> None:
         self._error = None
+        if self._device is not None:
+            torch.cuda.set_device(self._device)  # a thread begins with the first GPU, where another process may be
         try:
             publish(self.folder, step, sharded, write, self._keep, self._workers)
         except OSError as error:
