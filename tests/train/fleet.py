@@ -1,7 +1,8 @@
 """Runs `gdn train` in several processes as torchrun would, phase after phase: `fleet.py JOBS`.
 
 JOBS is a JSON list of {"recipe", "out", "phases"}; a phase is {"processes": N, "more": [overrides]} and what befalls the last
-process: "stop", the step in which it gets a SIGTERM, or "full", the save in which its disk is. No processes: a plain one.
+process: "stop", the step in which it gets a SIGTERM, "full", the save in which its disk is, or "broken", the forward pass whose
+loss is not finite. No processes: a plain one.
 Prints the exit codes of each job's phases. Children are forked from this process, which has imported everything and
 computed nothing, so that a phase takes a second.
 """
@@ -48,6 +49,18 @@ def full_at(save: int) -> None:
     HuggingFaceStorageWriter.write_data = refused
 
 
+def break_forward(number: int) -> None:
+    """Make this process's loss of its forward pass `number`, from 1, not finite."""
+    forward, calls = gdn.train.loop.GatedDeltaNetLM.forward, [0]
+
+    def broken(*arguments, **more):  # type: ignore[no-untyped-def]
+        out = forward(*arguments, **more)
+        calls[0] += 1
+        return out._replace(loss_sum=out.loss_sum * float("nan")) if calls[0] == number else out
+
+    gdn.train.loop.GatedDeltaNetLM.forward = broken
+
+
 def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -73,6 +86,8 @@ def start(rank: int, processes: int, port: int, arguments: list[str], first: Cal
 def befall(phase: dict[str, Any]) -> None:
     if "stop" in phase:
         stop_in(phase["stop"])
+    if "broken" in phase:
+        break_forward(phase["broken"])
     if "full" in phase:
         full_at(phase["full"])
 

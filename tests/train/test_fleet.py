@@ -12,6 +12,7 @@ from train_testing import differences, go, make_run, saved, tensors, with_model
 
 from gdn.errors import ConfigError
 from gdn.model.load import load_model
+from gdn.train.loop import open_data
 from gdn.train.metrics import read_metrics
 from gdn.train.recipe import RunConfig
 
@@ -24,6 +25,7 @@ PHASES: dict[str, list[dict[str, Any]]] = {  # of each run in several processes;
     "whole": [{"processes": 2}],
     "stopped": [{"processes": 2, "stop": 1}, {"processes": 2, "stop": 4}, {"processes": 2}],
     "full": [{"processes": 2, "full": 2}],
+    "broken": [{"processes": 2, "broken": 3}],
     "altered": [{"processes": 2}],
 }
 
@@ -37,6 +39,8 @@ def recipe_of(kind: str, shards: Path) -> RunConfig:
         return make_run(shards, train={"dtype": "bfloat16"}, checkpoint={"every": 100})
     if kind == "full":
         return make_run(shards, checkpoint={"every": 2})
+    if kind == "broken":
+        return make_run(shards)
     if kind == "altered":
         return make_run(shards, train={"steps": 2})
     run = make_run(shards, data={"micro_batch_size": 1}, eval={"every": 3})
@@ -116,6 +120,15 @@ def test_stopped_processes_go_on_in_the_same_bits(fleet: Fleet) -> None:
 
 def test_full_disk_of_one_process_is_a_warning_and_training_goes_on(fleet: Fleet) -> None:
     assert checkpoints_of(fleet.folder / "full") == ["step-00000002", "step-00000006"]
+
+
+def test_loss_that_is_not_finite_in_one_process_is_a_skipped_step_in_all(fleet: Fleet, shards: Path) -> None:
+    """One micro batch a process: the third forward is the third step. The dump has the windows of both."""
+    folder = fleet.folder / "broken"
+    assert differences(saved(folder, 2), saved(folder, 3)) == [] != differences(saved(folder, 3), saved(folder, 4))
+    written = json.loads((folder / "nonfinite-step-00000003.json").read_text())
+    assert (written["step"], written["loss"]) == (3, "nan")
+    assert written["windows"] == open_data(recipe_of("broken", shards))[0].windows(2).tolist()
 
 
 def test_error_of_the_first_process_is_everyones(fleet: Fleet) -> None:
