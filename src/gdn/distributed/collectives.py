@@ -51,11 +51,11 @@ def total_norm(gradients: Sequence[Tensor], workers: Workers) -> Tensor:
         return torch.nn.utils.get_total_norm(gradients)
     shards = [gradient.to_local() for gradient in gradients if isinstance(gradient, DTensor)]
     whole = [gradient for gradient in gradients if not isinstance(gradient, DTensor)]
-    own = torch.nn.utils.get_total_norm(shards).square()
+    own = torch.nn.utils.get_total_norm(shards).square().view(1)
     # Gathered and then added in the order of ranks: replicas must not differ in the last bit.
     squares = [torch.empty_like(own) for _ in range(workers.mesh[SHARD].size())]
     dist.all_gather(squares, own, group=workers.mesh.get_group(SHARD))
-    return (torch.stack(squares).sum() + torch.nn.utils.get_total_norm(whole).square()).sqrt()
+    return (torch.cat(squares).sum() + torch.nn.utils.get_total_norm(whole).square()).sqrt()
 
 
 def clip_gradients(parameters: Sequence[nn.Parameter], max_norm: float, norm: Tensor) -> None:

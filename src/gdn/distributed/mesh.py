@@ -50,13 +50,8 @@ def join(device: torch.device) -> Iterator[torch.device]:
     elif device.type != "cpu":
         raise ConfigError(f"device {device} under torchrun; expected cpu or cuda")
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        store=_new_store(rank, size),
-        rank=rank,
-        world_size=size,
-        device_id=device if device.type == "cuda" else None,
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, store=_new_store(rank, size), rank=rank, world_size=size)
     try:
         yield device
     except (GDNError, OSError):
