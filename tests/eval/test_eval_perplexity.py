@@ -4,6 +4,9 @@ import math
 
 import pytest
 import torch
+
+pytest.importorskip("datatrove")
+
 from shards_testing import prepare_texts
 from torch import Tensor
 

@@ -1,6 +1,5 @@
 """The GPU's steps, in Triton's interpreter or on a GPU, against the modules' own; draws; and on a GPU: graphs and bits."""
 
-import math
 import os
 from typing import Any
 
@@ -18,7 +17,7 @@ from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM, init_weights
 from gdn.model.state import DecodeState
 
-triton_rows = pytest.importorskip("gdn.ops.triton_rows", exc_type=ImportError)
+triton_linear = pytest.importorskip("gdn.ops.triton_linear", exc_type=ImportError)
 GPU = torch.cuda.is_available()
 if os.environ.get("TRITON_INTERPRET") != "1" and not GPU:
     pytest.skip("needs a CUDA device or TRITON_INTERPRET=1", allow_module_level=True)
@@ -59,17 +58,7 @@ def read_state(model: GatedDeltaNetLM, rows: int, length: int = 5) -> DecodeStat
     return state
 
 
-@pytest.fixture(autouse=True)
-def fewer_rows_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter walks all rows that a program has room to norm, one after another."""
-    if not GPU:
-        monkeypatch.setattr(triton_rows, "FUSED_ROWS", 1)
-
-
-@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-def test_a_step_is_the_modules_step(switches: dict[str, Any]) -> None:
-    rows = 3 if switches == {} else 1
-    model = build(**{"num_hidden_layers": 2} | switches)
+def agrees(model: GatedDeltaNetLM, rows: int) -> None:
     state = read_state(model, rows)
     wanted_state = state.fork()
     ids = torch.arange(rows, device=DEVICE) + 3
@@ -79,6 +68,19 @@ def test_a_step_is_the_modules_step(switches: dict[str, Any]) -> None:
     assert wanted is not None and relative(got, wanted) < 1e-5
     assert relative(state.recurrent, wanted_state.recurrent) < 1e-5 and relative(state.conv, wanted_state.conv) < 1e-5
     assert torch.equal(state.position, wanted_state.position)
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+def test_a_step_is_the_modules_step(switches: dict[str, Any]) -> None:
+    agrees(build(**switches), rows=1)
+
+
+@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
+def test_a_step_of_several_rows_is_the_modules_step(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the kernels of few rows with norms and gates of their own, and by those of many."""
+    monkeypatch.setattr(triton_linear, "FUSED", 1)
+    monkeypatch.setattr(triton_linear, "FEW", 16 if few else 1)
+    agrees(build(num_hidden_layers=2), rows=3)
 
 
 def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,18 +154,6 @@ def test_weights_that_are_damaged_are_told() -> None:
     ]
 
 
-def test_the_noise_is_exponential_and_hangs_on_seed_and_position_alone() -> None:
-    n = 30_000
-    seeds, position = torch.tensor([7, 7, 8], device=DEVICE), torch.tensor([4, 5, 4], device=DEVICE)
-    noise = triton_rows.exponential_noise(seeds, position, n)
-    assert (noise > 0).all() and len({tuple(row[:3].tolist()) for row in noise}) == 3
-    for least in (0.01, 0.5, 1.0, 3.0, 6.0):  # within five standard deviations
-        share, wanted = (noise > least).double().mean().item(), math.exp(-least)
-        assert abs(share - wanted) < 5 * math.sqrt(wanted * (1 - wanted) / (3 * n)), least
-    again = triton_rows.exponential_noise(seeds[1:2], position[1:2], 2000)  # another width, another row
-    assert torch.equal(again[0], noise[1, :2000])
-
-
 # --- on a GPU only --------------------------------------------------------------------------------------------------------
 
 gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no GPU")]
@@ -175,7 +165,7 @@ def published(dtype: torch.dtype = torch.bfloat16) -> GatedDeltaNetLM:
     return build(dtype, **sizes)
 
 
-@pytest.mark.parametrize("rows", [2, 4, 5, 16, 17, 64, 65, 128, 256])
+@pytest.mark.parametrize("rows", [2, 3, 4, 5, 16, 17, 32, 64, 65, 128, 256])
 def test_a_row_has_the_same_bits_at_any_batch(rows: int) -> None:
     model = published()
     decoder, state = GPUDecoder(model), model.new_state(rows)

@@ -19,7 +19,18 @@ from triton.compiler import ASTSource, compile, make_backend
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from gdn.ops import triton_backward, triton_configs, triton_forward, triton_gates, triton_rows, triton_segments, triton_step
+from gdn.ops import (
+    triton_backward,
+    triton_configs,
+    triton_draw,
+    triton_forward,
+    triton_gates,
+    triton_layer_step,
+    triton_linear,
+    triton_rows,
+    triton_segments,
+    triton_step,
+)
 from gdn.ops import triton_short_conv as conv
 from gdn.ops import triton_short_conv_backward as conv_backward
 
@@ -136,28 +147,62 @@ def other_kernels(arch: int, K: int) -> Iterator[dict[str, Any]]:
 
 
 def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
-    """Of the published width; the weight's product behind each of what may come before it, for few rows and for many."""
-    x, f = "*bf16", "*fp32"
-    values = dict.fromkeys(("o", "gate", "norm", "weight", "h"), x) | dict.fromkeys(("parts", "x_out", "noise", "x"), f)
-    values |= dict.fromkeys(("rows", "N", "x_stride", "gate_stride", "out_stride", "columns"), "i32") | {"eps": "fp32"}
-    values |= dict.fromkeys(("seeds", "position"), "*i64")
-    warps = {"num_warps": triton_rows._NUM_WARPS}
-    yield compiled(arch, triton_rows._norm_rows, values, {"K": 1024, "WIDTH": 1024, "PARTS": 4}, **warps)
-    yield compiled(arch, triton_rows._gated_norm_rows, values, {"HV": 4, "V": 256}, **warps)
-    yield compiled(arch, triton_rows._noise, values, {}, **warps)
-    for before, K, parts, blocks in (
-        ("norm", 1024, 1, (16,)),
-        ("gated_norm", 1024, 4, (16,)),
-        ("swiglu", 2816, 4, (16, 128)),
-        ("nothing", 1024, 1, (16, 128)),
+    """Of the published size, for few rows and for many."""
+    x, f, chained = "*bf16", "*fp32", {"CHAINED": arch >= 90}
+    pdl = {"launch_pdl": True} if arch >= 90 else {}
+    warps = {"num_warps": 4} | pdl
+    values = dict.fromkeys(("o", "gate", "norm", "weight", "h", "window", "embeddings", "conv", "bias"), x)
+    values |= dict.fromkeys(("parts", "newest", "x_out", "noise", "x", "logits", "noises", "chunks", "state"), f)
+    values |= dict.fromkeys(("A_log", "dt_bias"), f) | dict.fromkeys(("seeds", "position", "result"), "*i64") | {"ids": "*i32"}
+    numbers = ("rows", "N", "V", "x_stride", "out_stride", "columns", "newest_columns", "gate_at", "stride", "count", "top_k")
+    values |= dict.fromkeys(numbers, "i32") | dict.fromkeys(("eps", "scale", "inverse", "top_p"), "fp32")
+    move = {"W": 4, "D": 3072, "NEWEST": 4, "CHANNELS": 128}
+    yield compiled(arch, triton_rows._embed, values | {"ids": "*i64"}, {"K": 1024, "WIDTH": 1024} | chained, **warps)
+    sizes = {"K": 1024, "WIDTH": 1024, "PARTS": 4, "GROUP": 1}
+    yield compiled(arch, triton_rows._norm_rows, values, sizes | chained, **warps)
+    sizes = {"HV": 4, "V": 256, "PARTS": 1} | move | {"NEWEST": 1}
+    own = {"gate": x, "newest": x}
+    yield compiled(arch, triton_rows._gated_norm_rows, values | own, sizes | chained, **warps)
+    yield compiled(arch, triton_rows._swiglu_rows, values, {"F": 2816, "PARTS": 4} | chained, **warps)
+    few = {"K": 1024, "SEGMENT": 256, "ROWS": 1, "BB": 16, "PARTS": 4} | chained
+    still = {"W": 1, "D": 1, "NEWEST": 1, "CHANNELS": 128, "window": None, "newest": None}
+    for own, constants in (
+        ({"x": x}, few | still | {"BEFORE": "nothing", "PARTS": 0, "parts": None, "norm": None}),
+        ({"x": x}, few | move | {"BEFORE": "gated_norm", "ROWS": 4}),
+        ({}, few | still | {"BEFORE": "swiglu", "K": 2816, "norm": None}),
     ):
-        for block in blocks:
-            own = values | {"x": f if before == "norm" else x, "out": x if parts == 1 else f}
-            unused = {"norm": {"gate"}, "gated_norm": {"parts", "x_out"}}.get(before, {"gate", "parts", "x_out", "norm"})
-            sizes = {"K": K, "SEGMENT": K // parts, "PARTS": 4 if before == "norm" else 0, "BEFORE": before}
-            sizes |= {"WIDTH": 1 << (K - 1).bit_length(), "ROWS": triton_rows.FUSED_ROWS, "BB": block, "BK": 64}
-            options = warps | {"num_stages": triton_rows.stages(block)}
-            yield compiled(arch, triton_rows._rows_linear, own, sizes | dict.fromkeys(unused), **options)
+        yield compiled(arch, triton_linear._few_linear, values | {"out": f} | own, constants, **warps)
+    many = {"K": 1024, "SEGMENT": 256, "GROUP": 4, "SWIGLU": False} | chained
+    for rows in (16, 64, 256):
+        tile = triton_linear.tile_for(rows, arch >= 90)
+        sizes = {"BN": tile.weight_rows, "BB": tile.rows, "BK": tile.columns}
+        options = {"num_warps": tile.num_warps, "num_stages": tile.stages} | pdl
+        for own, constants in (
+            ({"out": x}, many | {"SWIGLU": True}),
+            ({"out": f}, many | {"K": 2816, "GROUP": 3}),
+            ({"out": f}, many | {"SEGMENT": 1024, "GROUP": 1}),
+        ):
+            yield compiled(arch, triton_linear._many_linear, values | {"x": x} | own, constants | sizes, **options)
+    sizes = {
+        "PARTS": 4,
+        "H": 4,
+        "HV": 4,
+        "K": 256,
+        "V": 256,
+        "BV": 32,
+        "W": 4,
+        "DOUBLE": False,
+        "EVICT_FIRST": True,
+        "bias": None,
+    }
+    for parts in (4, 1):
+        own = {"parts": f if parts == 4 else x}
+        yield compiled(arch, triton_layer_step._layer_step, values | own, sizes | {"PARTS": parts} | chained, **warps)
+    yield compiled(arch, triton_draw._candidates, values, {"NOISE": True, "BLOCK": 1024} | chained, **warps)
+    for top_k, top_p in ((False, True), (True, True)):
+        sizes = {"TOP_K": top_k, "TOP_P": top_p, "CHUNKS": 32, "BLOCK": 16384} | chained
+        yield compiled(arch, triton_draw._choose, values, sizes, **warps | {"num_warps": 32})
+    yield compiled(arch, triton_draw._noise, values, {"BLOCK": 1024}, num_warps=4)
 
 
 def hopper_kernels(K: int) -> Iterator[dict[str, Any]]:

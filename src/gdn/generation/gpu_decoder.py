@@ -1,21 +1,26 @@
-"""Rows of sequences, token by token, on a GPU: six kernels a layer, and all of a token with its draw as one CUDA graph.
+"""Rows of sequences, token by token, on a GPU: five kernels a layer for few rows and seven for more, one of them the state's,
+chained so that each has its weights at hand when it begins; and all of a token with its draw as one CUDA graph.
 
-The residual stream is float32; what one product leaves for the next to add is float32 too. Which kernels run, and in what order
-their sums go, hangs on sizes of the model alone: a row has the same bits beside any number of others (docs/numerics.md).
+The residual stream is float32; what one product leaves for the next to add is float32 too. Which kernels run hangs on the
+number of rows, and in what order their sums go on sizes of the model alone: a row has the same bits beside any number of others
+(docs/numerics.md).
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdn.errors import CheckpointError
-from gdn.generation.sampling import Sampling, draw, finite
+from gdn.generation.sampling import Sampling
 from gdn.generation.weights import LayerWeights, is_joined, layer_weights
 from gdn.model.lm import Block, GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops.backend import choose_backend
+
+if TYPE_CHECKING:
+    from gdn.ops.triton_rows import Residual, Window
 
 
 class GPUDecoder:
@@ -39,49 +44,94 @@ class GPUDecoder:
 
         The host does nothing but launch: this can be captured.
         """
-        from gdn.ops.triton_rows import Residual, gated_norm_linear, norm_linear, segments, swiglu_linear
-        from gdn.ops.triton_short_conv import conv_step
-        from gdn.ops.triton_step import step
+        from gdn.ops import triton_linear as linear
+        from gdn.ops import triton_rows as rows
 
-        config, eps, B = self._config, self._config.norm_eps, len(ids)
-        H, HV, K, V, hidden = config.num_heads, config.value_heads, config.head_dim, config.head_v_dim, config.hidden_size
-        gates_at = 2 * config.key_dim + config.value_dim + 2 * HV
+        config, B = self._config, len(ids)
         with torch.no_grad():
-            residual = Residual(self._embeddings[ids].float())
-            for layer, recurrent, window in zip(self._layers, state.recurrent, state.conv):
-                w = layer.weights
-                projected = residual.x.new_empty(B, len(w.projections), dtype=w.projections.dtype)
-                x = torch.empty_like(residual.x)
-                norm_linear(residual, w.mixer_norm, eps, w.projections, projected, x)
-                q, k, v, g, beta = conv_step(
-                    projected, layer.conv, w.conv_bias, window, layer.A_log, w.dt_bias, config.allow_neg_eigval, H, K, HV, V
-                )
-                o = step(q, k, v, g, beta, recurrent, K**-0.5)
-                mixed = x.new_empty(HV, B, hidden)
-                gated_norm_linear(o, projected[:, gates_at:] if config.use_gate else None, w.o_norm, eps, w.out, mixed)
-
-                residual, x = Residual(x, mixed), torch.empty_like(x)
-                gate_up = projected.new_empty(B, len(w.ffn))
-                norm_linear(residual, w.ffn_norm, eps, w.ffn, gate_up, x)
-                fed = x.new_empty(segments(config.ffn_size), B, hidden)
-                swiglu_linear(gate_up, w.down, fed)
-                residual = Residual(x, fed)
-            logits = residual.x.new_empty(B, config.vocab_size)
-            norm_linear(residual, self._norm, eps, self._head, logits, torch.empty_like(residual.x))
-            state.position += 1
+            x = rows.embed(ids, self._embeddings, state.position)
+            layer = self._few_layer if B <= linear.FEW else self._many_layer
+            residual = rows.Residual(x)
+            for n in range(len(self._layers)):
+                residual = layer(residual, n, state)
+            h, _ = rows.norm_rows(residual, self._norm, config.norm_eps, self._head.dtype)
+            logits = x.new_empty(B, config.vocab_size)
+            linear.many_linear(h, self._head, logits, config.hidden_size)
             return logits
 
-    def choose(self, logits: Tensor, sampling: Sampling, seeds: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
-        """Ids [B] int64 drawn from logits [B, vocab] for the tokens at position [B], and whether each row's are finite.
+    def _few_layer(self, residual: "Residual", n: int, state: DecodeState) -> "Residual":
+        """The residual stream after layer n, each segment of a product a program of its own."""
+        from gdn.ops import triton_linear as linear
+        from gdn.ops import triton_rows as rows
 
-        A draw hangs on the row's seed (int64 [B]) and position alone. This can be captured.
+        config, eps, layer = self._config, self._config.norm_eps, self._layers[n]
+        w, hidden, dtype = layer.weights, self._config.hidden_size, self._head.dtype
+        fused = len(residual.x) <= linear.FUSED
+        h, x = rows.norm_rows(residual, w.mixer_norm, eps, dtype)
+        projected = linear.few_linear(h, w.projections, rows.segment(hidden), False)
+        window = rows.Window(state.conv[n], projected)
+        o = self._middle(layer, window, state.recurrent[n])
+        gate = projected if config.use_gate else None
+        if fused:
+            mixed = linear.gated_norm_linear(o, gate, self._gate_at, w.o_norm, eps, w.out, window)
+        else:
+            y = rows.gated_norm_rows(o, gate, self._gate_at, w.o_norm, eps, window)
+            mixed = linear.few_linear(y, w.out, config.head_v_dim, True)
+        h, x = rows.norm_rows(rows.Residual(x, mixed), w.ffn_norm, eps, dtype)
+        gate_up = linear.few_linear(h, w.ffn, rows.segment(hidden), False)
+        if fused:
+            return rows.Residual(x, linear.swiglu_linear(gate_up, w.down))
+        y = rows.swiglu_rows(gate_up, dtype)
+        return rows.Residual(x, linear.few_linear(y, w.down, rows.segment(config.ffn_size), True))
+
+    def _many_layer(self, residual: "Residual", n: int, state: DecodeState) -> "Residual":
+        """The same, a program taking several segments."""
+        from gdn.ops import triton_linear as linear
+        from gdn.ops import triton_rows as rows
+
+        config, eps, layer = self._config, self._config.norm_eps, self._layers[n]
+        w, B, hidden, dtype = layer.weights, len(residual.x), self._config.hidden_size, self._head.dtype
+        h, x = rows.norm_rows(residual, w.mixer_norm, eps, dtype)
+        projected = h.new_empty(1, B, len(w.projections))
+        linear.many_linear(h, w.projections, projected, rows.segment(hidden))
+        window = rows.Window(state.conv[n], rows.Sum(projected, 1))
+        o = self._middle(layer, window, state.recurrent[n])
+        gate = window.projected if config.use_gate else None
+        y = rows.gated_norm_rows(o, gate, self._gate_at, w.o_norm, eps, window)
+        mixed = rows.sum_like(x, y.shape[1], config.head_v_dim)
+        linear.many_linear(y, w.out, mixed.parts, config.head_v_dim)
+        h, x = rows.norm_rows(rows.Residual(x, mixed), w.ffn_norm, eps, dtype)
+        fed = h.new_empty(B, config.ffn_size)
+        linear.many_linear(h, w.ffn, fed, rows.segment(hidden), swiglu=True)
+        down = rows.sum_like(x, config.ffn_size, rows.segment(config.ffn_size))
+        linear.many_linear(fed, w.down, down.parts, rows.segment(config.ffn_size))
+        return rows.Residual(x, down)
+
+    def _middle(self, layer: "_Layer", window: "Window", recurrent: Tensor) -> Tensor:
+        from gdn.ops.triton_layer_step import layer_step
+
+        w, config = layer.weights, self._config
+        heads, double, scale = config.num_heads, config.allow_neg_eigval, config.head_dim**-0.5
+        return layer_step(window, layer.conv, w.conv_bias, layer.A_log, w.dt_bias, recurrent, heads, double, scale)
+
+    @property
+    def _gate_at(self) -> int:
+        """The gate's first column of the joined projections."""
+        return 2 * self._config.key_dim + self._config.value_dim + 2 * self._config.value_heads
+
+    def choose(
+        self, logits: Tensor, sampling: Sampling, seeds: Tensor, position: Tensor, result: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """Ids [B] int64 drawn from logits [B, vocab] for the tokens at position [B], and 1 where a row's are finite, or 0.
+
+        A draw hangs on the row's seed (int64 [B]) and position alone. Both are parts of result [2, B] int64 if it is given.
+        This can be captured.
         """
-        noise = None
-        if not sampling.greedy:
-            from gdn.ops.triton_rows import exponential_noise
+        from gdn.ops.triton_draw import choose
 
-            noise = exponential_noise(seeds, position, logits.shape[1])
-        return draw(logits, sampling, noise), finite(logits)
+        result = seeds.new_empty(2, len(seeds)) if result is None else result
+        choose(logits, sampling.temperature, sampling.top_k, sampling.top_p, seeds, position, result)
+        return result[0], result[1]
 
 
 class Stream:
@@ -94,9 +144,8 @@ class Stream:
     def __init__(self, decoder: GPUDecoder, state: DecodeState, sampling: Sampling) -> None:
         self._decoder, self._state, self._sampling = decoder, state, sampling
         device, rows = state.position.device, state.rows
-        self._ids = torch.zeros(rows, dtype=torch.int64, device=device)
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
-        self._result = torch.zeros(2, rows, dtype=torch.int64, device=device)
+        self._result = torch.zeros(2, rows, dtype=torch.int64, device=device)  # ids, and whether their logits were finite
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, row: int, logits: Tensor, seed: int) -> int:
@@ -106,9 +155,10 @@ class Stream:
         """
         self._seeds[row] = _signed(seed)
         part = slice(row, row + 1)
-        chosen, ok = self._decoder.choose(logits.float(), self._sampling, self._seeds[part], self._state.position[part])
-        self._ids[part] = chosen
-        (token,) = self._checked(torch.stack([chosen, ok.long()]), [row])
+        logits = logits.float().contiguous()
+        chosen = self._decoder.choose(logits, self._sampling, self._seeds[part], self._state.position[part])
+        self._result[:, part] = torch.stack(chosen)
+        (token,) = self._checked(self._result[:, part], [row])
         return token
 
     def next(self, rows: Sequence[int]) -> list[int]:
@@ -120,14 +170,12 @@ class Stream:
         return self._checked(self._result[:, list(rows)], rows)
 
     def _step(self) -> None:
-        logits = self._decoder.step(self._ids, self._state)
-        chosen, ok = self._decoder.choose(logits, self._sampling, self._seeds, self._state.position)
-        self._ids.copy_(chosen)
-        self._result.copy_(torch.stack([chosen, ok.long()]))
+        logits = self._decoder.step(self._result[0], self._state)
+        self._decoder.choose(logits, self._sampling, self._seeds, self._state.position, self._result)
 
     def _capture(self) -> None:
         """Once, beside everything else: a first run compiles and must not be seen, so what it changes is put back."""
-        kept, ids = self._state.fork(), self._ids.clone()
+        kept, result = self._state.fork(), self._result.clone()
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -135,7 +183,7 @@ class Stream:
         torch.cuda.current_stream().wait_stream(side)
         for name in ("recurrent", "conv", "position"):
             getattr(self._state, name).copy_(getattr(kept, name))
-        self._ids.copy_(ids)
+        self._result.copy_(result)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
             self._step()
@@ -152,14 +200,14 @@ class Stream:
 
 class _Layer(NamedTuple):
     weights: LayerWeights
-    conv: Tensor  # [D, W]
+    conv: Tensor  # [W, D], in the weights' dtype
     A_log: Tensor
 
 
 def _layer(block: Block) -> _Layer:
     weights = layer_weights(block)
     assert weights.conv is not None
-    return _Layer(weights, weights.conv.T.contiguous(), block.attn.A_log)
+    return _Layer(weights, weights.conv.to(block.attn.q_conv1d.weight.dtype), block.attn.A_log)
 
 
 def _fits(model: GatedDeltaNetLM) -> bool:

@@ -1,218 +1,245 @@
-"""GPU kernels of decoding: a few rows, one token of each sequence, times a weight, with the norm or gate that comes before it.
+"""GPU kernels of decoding around its products: for rows, one token of each sequence, the embedding, norms and gates.
 
-What a token costs is reading the weights once. A program takes 64 rows of the weight, the M of one Hopper tensor-core
-instruction, and up to 128 rows of activations as its columns. The sum over K goes in fixed segments, each from 0 on, added in
-their order, whether one program takes all of them or each a program of its own, whose results the next kernel adds: so a row
-has the same bits beside any number of others. The root mean squares are summed by `_rms` in one layout everywhere.
-Launchers only; `generation.gpu_decoder` is what calls them.
+The residual stream is float32, and products leave for the next kernel to add what they have not summed themselves (`Sum`), so
+that every sum has one order. The root mean squares are summed by `rms` in one layout everywhere. Launchers only; the products
+are in `triton_linear`.
 """
 
-from typing import Literal, NamedTuple
+# mypy: disable-error-code=assignment
+# Tuples grow in kernels.
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-Before = Literal["nothing", "norm", "gated_norm", "swiglu"]
-FUSED_ROWS = 4  # so many rows at most are normed by every program that needs them; more, once, by a kernel before it
-_ROWS = 128  # of activations a program at most
+from gdn.ops.triton_chain import begin, link, wait
+
 _NUM_WARPS = 4
-_KEYS = 64  # columns of the weight a loop step
+
+
+class Sum(NamedTuple):
+    """A product not yet summed: parts [S, B, N] float32, added in their order within `group` at a time, then the groups."""
+
+    parts: Tensor
+    group: int
 
 
 class Residual(NamedTuple):
-    """The residual stream as a sum not yet made: x [B, hidden] float32 and parts [S, B, hidden] float32, added in order."""
+    """The residual stream: x [B, hidden] float32 and, still to be added, a product."""
 
     x: Tensor
-    parts: Tensor | None = None
+    more: Sum | None = None
 
 
-def norm_linear(residual: Residual, norm: Tensor, eps: float, weight: Tensor, out: Tensor, x_out: Tensor) -> None:
-    """out [B, N] = rms_norm(sum of the residual) @ weight^T, and the sum itself to x_out [B, hidden] float32, another tensor.
+class Window(NamedTuple):
+    """The convolution's last inputs [B, W - 1, D], to be moved on by a kernel after the one that reads them."""
 
-    weight [N, hidden], norm [hidden]; hidden a multiple of 64. Products in weight's dtype, sums in float32.
-    """
-    B, K = residual.x.shape
-    if B <= FUSED_ROWS:
-        _launch("norm", residual.x, weight, out, 1, parts=residual.parts, norm=norm, eps=eps, x_out=x_out)
-        return
-    h = torch.empty(B, K, dtype=weight.dtype, device=weight.device)
-    parts = 0 if residual.parts is None else len(residual.parts)
-    _norm_rows[(B,)](
-        residual.x,
-        residual.parts,
-        norm,
-        h,
-        x_out,
-        B,
-        eps,
-        K=K,
-        WIDTH=triton.next_power_of_2(K),
-        PARTS=parts,
-        num_warps=_NUM_WARPS,
+    window: Tensor
+    projected: Sum  # whose first D columns are the newest
+
+
+def segment(K: int) -> int:
+    """Columns of one sum from 0 on, for a weight of K columns, a multiple of 64."""
+    return next(size for size in (256, 128, 64) if K % size == 0)
+
+
+def group(segments: int) -> int:
+    """Segments added before their sum is, where a product that goes to the residual stream is left as a sum: of four."""
+    return triton.cdiv(segments, 4)
+
+
+def sum_like(x: Tensor, K: int, size: int) -> Sum:
+    """Room for a product of K columns in segments of `size` that goes to the residual stream x."""
+    each = group(K // size)
+    return Sum(x.new_empty(triton.cdiv(K // size, each), *x.shape), 1)
+
+
+def embed(ids: Tensor, embeddings: Tensor, position: Tensor) -> Tensor:
+    """The rows' vectors [B, hidden] float32, and one more token at position [B] int64, in place. The first of a chain."""
+    B, K = len(ids), embeddings.shape[1]
+    x = torch.empty(B, K, device=ids.device)
+    _embed[(B,)](
+        ids, embeddings, position, x, K=K, WIDTH=triton.next_power_of_2(K), num_warps=_NUM_WARPS, **link(x.device, start=True)
     )
-    _launch("nothing", h, weight, out, 1)
+    return x
 
 
-def gated_norm_linear(o: Tensor, gate: Tensor | None, norm: Tensor, eps: float, weight: Tensor, parts: Tensor) -> None:
-    """parts [HV, B, N] float32, whose sum is gated_rms_norm(o, gate) @ weight^T (rms_norm if there is no gate).
+def norm_rows(residual: Residual, norm: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """rms_norm of the residual's sum [B, hidden] in dtype, and the sum [B, hidden] float32."""
+    (B, K), more = residual.x.shape, residual.more
+    h, x_out = torch.empty(B, K, dtype=dtype, device=residual.x.device), torch.empty_like(residual.x)
+    _norm_rows[(B,)](
+        residual.x, None if more is None else more.parts, norm, h, x_out, B, eps, K=K, WIDTH=triton.next_power_of_2(K),
+        PARTS=0 if more is None else len(more.parts), GROUP=1 if more is None else more.group,
+        num_warps=_NUM_WARPS, **link(h.device),
+    )  # fmt: skip
+    return h, x_out
 
-    o [B, HV, V], contiguous; gate [B, HV * V], last stride 1; norm [V]; weight [N, HV * V]; V a power of two, at least 64.
+
+def gated_norm_rows(o: Tensor, gate: Sum | None, gate_at: int, norm: Tensor, eps: float, window: Window) -> Tensor:
+    """gated_rms_norm(o, gate) [B, HV * V] (rms_norm if there is no gate), and the window moved on in place.
+
+    o [B, HV, V], contiguous; gate's columns from gate_at on are [HV * V]; norm [V], V a power of two.
     """
     B, HV, V = o.shape
-    if B <= FUSED_ROWS:
-        _launch("gated_norm", o.view(B, HV * V), weight, parts, HV, gate=gate, norm=norm, eps=eps)
-        return
-    h = torch.empty(B, HV * V, dtype=weight.dtype, device=weight.device)
-    stride = 0 if gate is None else gate.stride(0)
-    _gated_norm_rows[(B * HV,)](o, gate, norm, h, stride, eps, HV=HV, V=V, num_warps=_NUM_WARPS)
-    _launch("nothing", h, weight, parts, HV)
-
-
-def swiglu_linear(gate_up: Tensor, weight: Tensor, parts: Tensor) -> None:
-    """parts [S, B, N] float32, whose sum is (silu(gate) * up) @ weight^T; gate_up [B, 2 F]; weight [N, F], 64 S divides F."""
-    _launch("swiglu", gate_up, weight, parts, len(parts))
-
-
-def exponential_noise(seeds: Tensor, position: Tensor, columns: int) -> Tensor:
-    """[B, columns] float32, each exponentially distributed, above 0; a function of the row's seed and position, int64 [B]."""
-    noise = torch.empty(len(seeds), columns, device=seeds.device)
-    _noise[(len(seeds), triton.cdiv(columns, 1024))](seeds, position, noise, columns, num_warps=_NUM_WARPS)
-    return noise
-
-
-def segments(F: int) -> int:
-    """Parts for a product over F: of 512 to 1,023 where 64 divides them."""
-    return max((S for S in range(1, F // 512 + 1) if F % (64 * S) == 0), default=1)
-
-
-def stages(block: int) -> int:
-    """Loop steps in flight, for so many rows of activations: what 99 KB of shared memory hold."""
-    return 4 if block <= 64 else 2
-
-
-def _launch(
-    before: Before,
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    parts_out: int,
-    *,
-    parts: Tensor | None = None,
-    gate: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
-    x_out: Tensor | None = None,
-) -> None:
-    """out [B, N] if parts_out is 1, else [parts_out, B, N]."""
-    (N, K), B = weight.shape, len(x)
-    if K % (parts_out * _KEYS):
-        raise ValueError(f"weight is {tuple(weight.shape)}; expected a multiple of {parts_out * _KEYS} columns")
-    block = min(max(triton.next_power_of_2(B), 16), _ROWS)
-    _rows_linear[(triton.cdiv(N, 64), parts_out, triton.cdiv(B, block))](
-        x, parts, gate, norm, weight, out, x_out, B, N, x.stride(0), 0 if gate is None else gate.stride(0), out.stride(-2), eps,
-        K=K, SEGMENT=K // parts_out, PARTS=0 if parts is None else len(parts), BEFORE=before, WIDTH=triton.next_power_of_2(K),
-        ROWS=FUSED_ROWS, BB=block, BK=_KEYS, num_warps=_NUM_WARPS, num_stages=stages(block),
+    h = torch.empty(B, HV * V, dtype=o.dtype, device=o.device)
+    _gated_norm_rows[(B * HV,)](
+        o, None if gate is None else gate.parts, norm, h, window.window, window.projected.parts, B, eps,
+        gate_at, window.projected.parts.shape[2], PARTS=0 if gate is None else len(gate.parts),
+        **share_window(window, B * HV), HV=HV, V=V,
+        num_warps=_NUM_WARPS, **link(h.device),
     )  # fmt: skip
+    return h
+
+
+def swiglu_rows(gate_up: Sum, dtype: torch.dtype) -> Tensor:
+    """silu(gate) * up of a product with columns gate | up: [B, F] in dtype."""
+    _, B, columns = gate_up.parts.shape
+    h = torch.empty(B, columns // 2, dtype=dtype, device=gate_up.parts.device)
+    _swiglu_rows[(B, triton.cdiv(columns // 2, 512))](
+        gate_up.parts, h, B, F=columns // 2, PARTS=len(gate_up.parts), num_warps=_NUM_WARPS, **link(h.device)
+    )
+    return h
+
+
+def share_window(window: Window | None, programs: int) -> dict[str, int]:
+    """W, D, parts of the projection, and a power of two of channels for each program."""
+    if window is None:
+        return {"W": 1, "D": 1, "NEWEST": 1, "CHANNELS": 128}
+    B, carried, D = window.window.shape
+    each = max(triton.next_power_of_2(triton.cdiv(B * D, programs)), 128)
+    return {"W": carried + 1, "D": D, "NEWEST": len(window.projected.parts), "CHANNELS": each}
 
 
 @triton.jit
-def _rms(x, SIZE: tl.constexpr, eps):
+def rms(x, SIZE: tl.constexpr, eps):
     """1 / root mean square of a vector whose places beyond SIZE are 0."""
     return tl.rsqrt(tl.sum(x * x, 0) / SIZE + eps)
 
 
 @triton.jit
-def _residual(x, parts, row, rows, column, mask, K: tl.constexpr, PARTS: tl.constexpr):
-    total = tl.load(x + row * K + column, mask=mask, other=0.0)
-    for part in tl.static_range(PARTS):
-        total += tl.load(parts + (part * rows + row) * K + column, mask=mask, other=0.0)
+def added(total, parts, place, stride, mask, PARTS: tl.constexpr, GROUP: tl.constexpr):
+    """total and what lies at place in PARTS parts that are stride apart, float32: groups summed each, and added in order."""
+    for start in tl.static_range(0, PARTS, GROUP):
+        group = tl.load(parts + start * stride + place, mask=mask, other=0.0).to(tl.float32)
+        for i in tl.static_range(1, GROUP):
+            if start + i < PARTS:
+                group += tl.load(parts + (start + i) * stride + place, mask=mask, other=0.0).to(tl.float32)
+        total += group
     return total
 
 
 @triton.jit
-def _silu(x):
+def summed(parts, place, stride, mask, PARTS: tl.constexpr):
+    """What lies at place in PARTS parts, added in their order, float32."""
+    value = tl.load(parts + place, mask=mask, other=0.0).to(tl.float32)
+    for part in tl.static_range(1, PARTS):
+        value += tl.load(parts + part * stride + place, mask=mask, other=0.0)
+    return value
+
+
+@triton.jit
+def as_whole(value, PARTS: tl.constexpr, dtype: tl.constexpr):
+    """A sum of parts rounded as the whole product is."""
+    if PARTS > 1:
+        value = value.to(dtype).to(tl.float32)
+    return value
+
+
+@triton.jit
+def projected(parts, place, stride, mask, PARTS: tl.constexpr, dtype: tl.constexpr):
+    """What lies at place in a projection, float32: of the whole one as it is; the sum of its parts rounded as that is."""
+    return as_whole(summed(parts, place, stride, mask, PARTS), PARTS, dtype)
+
+
+@triton.jit
+def silu(x):
     return x / (1.0 + tl.exp(-x))
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _norm_rows(x, parts, norm, h, x_out, rows, eps, K: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr):
-    row, column = tl.program_id(0), tl.arange(0, WIDTH)
-    total = _residual(x, parts, row, rows, column, column < K, K, PARTS)
-    tl.store(x_out + row * K + column, total, mask=column < K)
-    weight = tl.load(norm + column, mask=column < K, other=0.0).to(tl.float32)
-    tl.store(h + row * K + column, (total * _rms(total, K, eps) * weight).to(h.dtype.element_ty), mask=column < K)
+@triton.jit
+def window_inputs(
+    window, newest, program, rows, columns, W: tl.constexpr, D: tl.constexpr, NEWEST: tl.constexpr, CHANNELS: tl.constexpr
+):
+    """Of this program's share of the channels all inputs but the oldest, and the newest."""
+    place = program * CHANNELS + tl.arange(0, CHANNELS)
+    row, channel = (place // D).to(tl.int64), place % D
+    inputs = ()
+    for i in tl.static_range(1, W - 1):
+        inputs = inputs + (tl.load(window + row * ((W - 1) * D) + i * D + channel, mask=row < rows, other=0.0),)
+    latest = summed(newest, row * columns + channel, rows.to(tl.int64) * columns, row < rows, NEWEST)
+    return inputs + (latest.to(window.dtype.element_ty),)
 
 
 @triton.jit
-def _gated_norm_rows(o, gate, norm, h, gate_stride, eps, HV: tl.constexpr, V: tl.constexpr):
+def move_window(window, inputs, program, rows, W: tl.constexpr, D: tl.constexpr, NEWEST: tl.constexpr, CHANNELS: tl.constexpr):
+    """Those inputs in their new places."""
+    place = program * CHANNELS + tl.arange(0, CHANNELS)
+    row, channel = (place // D).to(tl.int64), place % D
+    tl.debug_barrier()  # all are read before any is written, whichever threads do it
+    for i in tl.static_range(W - 1):
+        tl.store(window + row * ((W - 1) * D) + i * D + channel, inputs[i], mask=row < rows)
+
+
+@triton.jit
+def _embed(ids, embeddings, position, x, K: tl.constexpr, WIDTH: tl.constexpr, CHAINED: tl.constexpr):
+    begin(CHAINED)
+    wait(CHAINED)
+    row, column = tl.program_id(0), tl.arange(0, WIDTH)
+    vector = tl.load(embeddings + tl.load(ids + row) * K + column, mask=column < K)
+    tl.store(x + row * K + column, vector.to(tl.float32), mask=column < K)
+    tl.store(position + row, tl.load(position + row) + 1)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _norm_rows(
+    x, parts, norm, h, x_out, rows, eps,
+    K: tl.constexpr, WIDTH: tl.constexpr, PARTS: tl.constexpr, GROUP: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    begin(CHAINED)
+    row, column = tl.program_id(0), tl.arange(0, WIDTH)
+    weight = tl.load(norm + column, mask=column < K, other=0.0).to(tl.float32)
+    wait(CHAINED)
+    total = tl.load(x + row * K + column, mask=column < K, other=0.0)
+    total = added(total, parts, row * K + column, rows.to(tl.int64) * K, column < K, PARTS, GROUP)
+    tl.store(x_out + row * K + column, total, mask=column < K)
+    tl.store(h + row * K + column, (total * rms(total, K, eps) * weight).to(h.dtype.element_ty), mask=column < K)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _swiglu_rows(parts, h, rows, F: tl.constexpr, PARTS: tl.constexpr, CHAINED: tl.constexpr):
+    begin(CHAINED)
+    row, column = tl.program_id(0).to(tl.int64), tl.program_id(1) * 512 + tl.arange(0, 512)
+    place, apart, mask = row * 2 * F + column, rows.to(tl.int64) * 2 * F, column < F
+    wait(CHAINED)
+    gate, up = summed(parts, place, apart, mask, PARTS), summed(parts, place + F, apart, mask, PARTS)
+    tl.store(h + row * F + column, (silu(gate) * up).to(h.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["rows", "gate_at", "columns"])
+def _gated_norm_rows(
+    o, gate, norm, h, window, newest, rows, eps, gate_at, columns,
+    PARTS: tl.constexpr, W: tl.constexpr, D: tl.constexpr, NEWEST: tl.constexpr, CHANNELS: tl.constexpr,
+    HV: tl.constexpr, V: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    begin(CHAINED)
     row, head, column = tl.program_id(0) // HV, tl.program_id(0) % HV, tl.arange(0, V)
     place = row * HV * V + head * V + column
-    o_ = tl.load(o + place).to(tl.float32)
-    y = o_ * _rms(o_, V, eps) * tl.load(norm + column).to(tl.float32)
-    if gate is not None:
-        y *= _silu(tl.load(gate + row * gate_stride + head * V + column).to(tl.float32))
+    weight = tl.load(norm + column).to(tl.float32)
+    wait(CHAINED)
+    o_ = tl.load(o + place)
+    if PARTS:
+        at = row.to(tl.int64) * columns + gate_at + head * V + column
+        gate_ = summed(gate, at, rows.to(tl.int64) * columns, column < V, PARTS)
+    if W > 1:
+        moving = window_inputs(window, newest, tl.program_id(0), rows, columns, W, D, NEWEST, CHANNELS)
+    o_ = o_.to(tl.float32)
+    y = o_ * rms(o_, V, eps) * weight
+    if PARTS:
+        y *= silu(as_whole(gate_, PARTS, h.dtype.element_ty))
     tl.store(h + place, y.to(h.dtype.element_ty))
-
-
-@triton.jit
-def _noise(seeds, position, noise, columns):
-    row = tl.program_id(0)
-    column = tl.program_id(1) * 1024 + tl.arange(0, 1024)
-    place = tl.load(position + row) * 4294967296 + column  # a token's columns never meet another's
-    uniform = tl.maximum(tl.rand(tl.load(seeds + row), place), 2.0**-32)
-    # -log(1 - u), where u is small by its series: 1 - u would round to 1, and noise of 0 wins whatever the token's score.
-    small = uniform * (1.0 + uniform * (0.5 + uniform * (1.0 / 3.0)))
-    exponential = tl.where(uniform < 2.0**-8, small, -tl.log(1.0 - uniform))
-    tl.store(noise + row.to(tl.int64) * columns + column, exponential, mask=column < columns)
-
-
-@triton.jit(do_not_specialize=["rows"])
-def _rows_linear(
-    x, parts, gate, norm, weight, out, x_out, rows, N, x_stride, gate_stride, out_stride, eps,
-    K: tl.constexpr, SEGMENT: tl.constexpr, PARTS: tl.constexpr, BEFORE: tl.constexpr, WIDTH: tl.constexpr,
-    ROWS: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr,
-):  # fmt: skip
-    segment = tl.program_id(1)
-    n = tl.program_id(0) * 64 + tl.arange(0, 64)
-    place = tl.arange(0, BB)
-    row = tl.program_id(2) * BB + place
-    there = row < rows
-    dtype = weight.dtype.element_ty
-
-    scale = tl.zeros([BB], tl.float32)
-    if BEFORE == "norm":
-        column = tl.arange(0, WIDTH)
-        for r in tl.static_range(ROWS):
-            total = _residual(x, parts, r, rows, column, (column < K) & (r < rows), K, PARTS)
-            scale = tl.where(place == r, _rms(total, K, eps), scale)
-            tl.store(x_out + r * K + column, total, mask=(column < K) & (r < rows) & (tl.program_id(0) == 0))
-    elif BEFORE == "gated_norm":
-        column = tl.arange(0, SEGMENT)
-        for r in tl.static_range(ROWS):
-            o_ = tl.load(x + r * x_stride + segment * SEGMENT + column, mask=(column < K) & (r < rows), other=0.0)
-            scale = tl.where(place == r, _rms(o_.to(tl.float32), SEGMENT, eps), scale)
-
-    acc = tl.zeros([64, BB], tl.float32)
-    for start in tl.range(0, SEGMENT, BK):
-        within = start + tl.arange(0, BK)
-        k = segment * SEGMENT + within
-        w = tl.load(weight + n[:, None] * K + k[None, :], mask=n[:, None] < N, other=0.0)
-        at = row[:, None] * x_stride + k[None, :]
-        if BEFORE == "norm":
-            h = _residual(x, parts, row[:, None], rows, k[None, :], there[:, None], K, PARTS)
-            h = h * scale[:, None] * tl.load(norm + k).to(tl.float32)[None, :]
-        else:
-            h = tl.load(x + at, mask=there[:, None], other=0.0).to(tl.float32)
-        if BEFORE == "gated_norm":
-            h = h * scale[:, None] * tl.load(norm + within).to(tl.float32)[None, :]
-            if gate is not None:
-                h *= _silu(
-                    tl.load(gate + row[:, None] * gate_stride + k[None, :], mask=there[:, None], other=0.0).to(tl.float32)
-                )
-        elif BEFORE == "swiglu":
-            h = _silu(h) * tl.load(x + at + K, mask=there[:, None], other=0.0).to(tl.float32)
-        acc = tl.dot(w, tl.trans(h.to(dtype)), acc, input_precision="ieee")
-    target = out + segment * rows * out_stride + row[None, :] * out_stride + n[:, None]
-    tl.store(target, acc.to(out.dtype.element_ty), mask=there[None, :] & (n[:, None] < N))
+    if W > 1:
+        move_window(window, moving, tl.program_id(0), rows, W, D, NEWEST, CHANNELS)
