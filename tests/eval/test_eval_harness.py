@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,8 @@ import torch
 
 pytest.importorskip("lm_eval")
 
-import lm_eval.models  # noqa: F401  its own registry first, so that HFLM is found
+import jinja2
+import lm_eval.models  # its own registry first, so that HFLM is found
 from eval_testing import make_documents, make_model, sentence, write_data, write_tokenizer
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
@@ -191,6 +193,18 @@ def test_word_perplexity_is_that_of_thirty_lines(model: GatedDeltaNetLM, tokeniz
     stream = word_perplexity(whole, tokenizer, pages, twice=False)
     assert results["wikitext_stream"]["value"] == pytest.approx(stream, rel=1e-5)
     assert abs(stream / one - 1) > 1e-4
+
+
+def test_templates_are_compiled_once(
+    model: GatedDeltaNetLM, tokenizer: Any, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiled = []
+    plain = jinja2.Environment.compile
+    monkeypatch.setattr(jinja2.Environment, "compile", lambda self, source: compiled.append(source) or plain(self, source))
+    result = harness.run_task(harness.adapt(Scorer(model), tokenizer), harness.Work("sciq", "sciq"), tokenizer, data=data)
+    assert result["documents"] == 3 and compiled
+    assert max(Counter(compiled).values()) == 2  # once as the task is set up, once for all documents
+    assert "from_string" not in vars(lm_eval.utils.env)  # as it was before
 
 
 def test_what_a_result_tells(model: GatedDeltaNetLM, tokenizer: Any, data: Path) -> None:
