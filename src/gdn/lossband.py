@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from gdn.config import to_dict
+from gdn.config import build, to_dict
 from gdn.errors import ConfigError, DataError
 from gdn.files import write_text
 from gdn.report.page import BandPoint
@@ -108,12 +108,14 @@ def _deciding(run: RunConfig) -> dict[str, Any]:
 
 
 def _differs(content: Mapping[str, Any], run: RunConfig, data: str) -> str:
-    ours = _deciding(run)
-    for section, values in ours.items():
-        theirs = content["recipe"].get(section, {})
-        for key in sorted(values.keys() | theirs.keys()):
-            if values.get(key) != theirs.get(key):
-                return f"the band is of another recipe: {section}.{key} = {theirs.get(key)!r} there, {values.get(key)!r} here"
+    # Through the recipe's own reader: a setting that came later had its default when the band was recorded.
+    recorded = content["recipe"] | {"name": "band", "data": content["recipe"]["data"] | {"shards": ""}}
+    before = _deciding(build(RunConfig, recorded, "the recorded recipe"))
+    for section, ours in _deciding(run).items():
+        theirs = before[section]
+        for key in sorted(ours.keys() | theirs.keys()):
+            if ours.get(key) != theirs.get(key):
+                return f"the band is of another recipe: {section}.{key} = {theirs.get(key)!r} there, {ours.get(key)!r} here"
     if content["data"] != data:
         return f"the band is of another text: its shards have the fingerprint {content['data'][:12]}..., these {data[:12]}..."
     return ""
