@@ -97,10 +97,15 @@ def relative_error(got: Tensor, wanted: Tensor) -> float:
     return error / size if size else (float("inf") if error else 0.0)
 
 
-def accuracy(dtypes: Sequence[str], sizes: Sequence[int], quick: bool, save: Callable[[Result], None]) -> None:
-    """Prints the worst of each tensor and the worst ratios; saves all errors after every case, as a run may be cut short."""
+def accuracy(dtypes: Sequence[str], sizes: Sequence[int], quick: bool, having: str, save: Callable[[Result], None]) -> None:
+    """Prints the worst of each tensor and the worst ratios; saves all errors after every case, as a run may be cut short.
+
+    having: only cases in whose name this stands; each keeps its inputs.
+    """
     results: Result = {}
     for number, case in enumerate(cases(dtypes, sizes, quick)):
+        if having not in str(case):
+            continue
         inputs, gradients = inputs_of(case, number)
         wide = computed(gdn_rule, [x.double() for x in inputs], gradients)
         results[str(case)] = result = {"gdn": {}} if case.dtype == torch.float32 else {"gdn": {}, "fla": {}}

@@ -319,6 +319,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="where to (default benchmarks/results)")
     parser.add_argument("--accuracy", action="store_true", help="errors against float64 instead of times")
     parser.add_argument("--quick", action="store_true", help="with --accuracy: three cases of each size and dtype")
+    parser.add_argument("--having", default="", metavar="TEXT", help="with --accuracy: only cases with this in their name")
     parser.add_argument("--sizes", default="256,128,64", help="with --accuracy: some of these K = V (FLA tunes for minutes)")
     parser.add_argument("--dtypes", default="bfloat16,float16,float32", help="with --accuracy: some of these")
     parser.add_argument("--profile", action="store_true", help="tables of kernels instead of times")
@@ -347,6 +348,7 @@ def main(arguments: list[str] | None = None) -> None:
             options.dtypes.split(","),
             sizes,
             options.quick,
+            options.having,
             lambda results: write(target, about | {"results": results}) if options.write else None,
         )
         return

@@ -120,6 +120,7 @@ def test_what_is_left_out_exists_in_the_sources_and_not_in_the_file() -> None:
     owners = {
         "DecodeState": DecodeState,
         "GatedDeltaNet": modeling.GatedDeltaNet,
+        "GatedDeltaNetForCausalLM": modeling.GatedDeltaNetForCausalLM,
         "GatedDeltaNetPreTrainedModel": modeling.GatedDeltaNetPreTrainedModel,
         "ModelConfig": ModelConfig,
     }

@@ -113,8 +113,8 @@ def read_prompt(read: "Reader", ids: Tensor, state: DecodeState, prefill_chunk: 
 def pieces(start: int, total: int, chunk: int, *, alone: bool) -> Iterator[int]:
     """Sizes of the pieces that `total` tokens are read in after `start` others.
 
-    Cut at multiples of the chunk counted from the first token ever read: the same cuts however often one stopped. alone: what
-    stands after the last multiple of GRID is a piece of its own, so that it is one wherever on the grid the text was cut before.
+    Cut at multiples of the chunk counted from the first token ever read: the same cuts however often one stopped. alone:
+    what stands after the last multiple of GRID is a piece of its own, as it is for who stopped there and goes on.
     """
     end = start + total
     while start < end:

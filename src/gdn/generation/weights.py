@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from gdn.model.layers import Linear
 from gdn.model.lm import Block, GatedDeltaNetLM
@@ -14,7 +14,7 @@ from gdn.model.mixer import GatedDeltaNet
 def join_projections(model: GatedDeltaNetLM) -> None:
     """Lay the weights that read one input side by side, in place: q, k, v, a, b and the gate; the FFN's gate and up.
 
-    Each parameter becomes a view of its part: names, values and memory stay; training must not go on from here.
+    Each parameter's memory becomes its part: names, values and the parameters themselves stay.
     """
     with torch.no_grad():
         for layer in model.model.layers:
@@ -23,7 +23,7 @@ def join_projections(model: GatedDeltaNetLM) -> None:
                 if _joined(linears) is None:
                     joined = torch.cat([linear.weight for linear in linears])
                     for linear, part in zip(linears, joined.split([len(linear.weight) for linear in linears])):
-                        linear.weight = nn.Parameter(part, requires_grad=False)
+                        linear.weight.data = part
 
 
 def is_joined(model: GatedDeltaNetLM) -> bool:

@@ -26,6 +26,7 @@ _ROOTS += [("gdn.hf.modeling", "GatedDeltaNetForCausalLM")]
 _METHODS_LEFT_OUT = {
     "DecodeState": {"save", "load"},
     "GatedDeltaNet": {"_fused_rule"},
+    "GatedDeltaNetForCausalLM": {"_step_backend", "_single_token"},
     "GatedDeltaNetPreTrainedModel": {"save_pretrained"},
     "ModelConfig": {"num_parameters", "flops_per_token", "to_json"},
 }

@@ -1,5 +1,7 @@
 """transformers' Cache protocol over a DecodeState: constant size whatever the length, for a model without attention."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from transformers import Cache
@@ -20,7 +22,7 @@ class GatedDeltaNetCache(Cache):
 
     state: the decode state, None before the first token. seen_tokens: columns read so far, masked ones included, which is
     the length `generate` reckons with (`state.position` counts each row's own tokens). last_hidden [B, hidden]: of each row's
-    last token that was not masked.
+    last token that was not masked. steps: what the model keeps here to read single tokens with the kernels of a GPU.
     """
 
     def __init__(self, config: GatedDeltaNetConfig) -> None:
@@ -30,6 +32,7 @@ class GatedDeltaNetCache(Cache):
         self.state: DecodeState | None = None
         self.seen_tokens = 0
         self.last_hidden: Tensor | None = None
+        self.steps: Any = None
 
     def state_for(self, x: Tensor) -> DecodeState:
         """The state for activations x [B, T, hidden], allocated at the first call; ValueError for another number of rows."""
@@ -59,7 +62,11 @@ class GatedDeltaNetCache(Cache):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         if self.state is not None and self.last_hidden is not None:
             rows = beam_idx.to(self.state.position.device)
-            self.state, self.last_hidden = self.state.select(rows), self.last_hidden[rows]
+            chosen, self.last_hidden = self.state.select(rows), self.last_hidden[rows]
+            if chosen.rows == self.state.rows:  # in place: a captured step goes on with the same memory
+                self.state.copy_(chosen)
+            else:
+                self.state = chosen
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         if self.state is not None:

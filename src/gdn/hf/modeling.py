@@ -184,6 +184,8 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
         B, T = _input_shape(input_ids, inputs_embeds)
         cache = check_cache(past_key_values)
         mask = token_mask(attention_mask, B, T, 0 if cache is None else cache.seen_tokens)
+        if self._step_backend(input_ids, cache, (mask, labels, output_hidden_states or None, *kwargs)) == "triton":
+            return self._single_token(input_ids, cache, return_dict)
         before = None if cache is None else cache.last_hidden
         outputs = self.model(
             input_ids=input_ids,
@@ -204,6 +206,30 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
         output = CausalLMOutputWithPast(
             loss=loss, logits=logits, past_key_values=outputs.past_key_values, hidden_states=outputs.hidden_states
         )
+        return output if self.model._returns_dict(return_dict) else output.to_tuple()
+
+    def _step_backend(self, ids: Tensor | None, cache: GatedDeltaNetCache | None, asked: tuple[Any, ...]) -> str:
+        """ "triton" where a GPU's single-token kernels serve this call, by what is then in cache.steps; else "torch".
+
+        asked: what is None where no more than the next token's logits are wanted.
+        """
+        if ids is None or ids.shape[1] > 1 or any(x is not None for x in asked) or self.config.output_hidden_states:
+            return "torch"
+        if cache is None or cache.state is None or not cache.state.position.is_cuda or cache.layout != self.model.state_layout:
+            return "torch"
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
+            return "torch"
+        from gdn.hf.single_tokens import single_tokens
+
+        if cache.steps is None or not cache.steps.fits(self, cache.state):
+            cache.steps = single_tokens(self, cache.state)
+        return "torch" if cache.steps is None else "triton"
+
+    def _single_token(self, input_ids: Any, cache: Any, return_dict: bool | None) -> CausalLMOutputWithPast | tuple[Any, ...]:
+        _check_range(input_ids, self.vocab_size)
+        logits, cache.last_hidden = cache.steps.read(input_ids[:, 0])
+        cache.seen_tokens += 1
+        output = CausalLMOutputWithPast(logits=logits[:, None].to(self.lm_head.weight.dtype), past_key_values=cache)
         return output if self.model._returns_dict(return_dict) else output.to_tuple()
 
     def _loss(self, hidden: Tensor, labels: Tensor, mask: Tensor | None, items: int | Tensor | None) -> Tensor:
@@ -310,8 +336,11 @@ def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tupl
 
 def _check_ids(ids: Tensor, vocab: int) -> None:
     """ValueError for the first id that is no token. On a GPU single tokens and training are not held up to look."""
-    if torch.compiler.is_compiling() or (ids.device.type != "cpu" and (ids.shape[1] == 1 or torch.is_grad_enabled())):
-        return
+    if not torch.compiler.is_compiling() and (ids.device.type == "cpu" or (ids.shape[1] > 1 and not torch.is_grad_enabled())):
+        _check_range(ids, vocab)
+
+
+def _check_range(ids: Tensor, vocab: int) -> None:
     outside = ((ids < 0) | (ids >= vocab)).nonzero()
     if len(outside):
         row, column = outside[0].tolist()

@@ -65,6 +65,12 @@ class DecodeState:
         """An independent copy."""
         return DecodeState(self.recurrent.clone(), self.conv.clone(), self.position.clone())
 
+    def copy_(self, other: "DecodeState") -> None:
+        """Take over the rows of `other`, of as many, in place."""
+        self.recurrent.copy_(other.recurrent)
+        self.conv.copy_(other.conv)
+        self.position.copy_(other.position)
+
     def reset(self) -> None:
         """Back to the state before the first token, in place."""
         for tensor in (self.recurrent, self.conv, self.position):
