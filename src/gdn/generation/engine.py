@@ -114,7 +114,7 @@ def pieces(start: int, total: int, chunk: int, *, alone: bool) -> Iterator[int]:
     """Sizes of the pieces that `total` tokens are read in after `start` others.
 
     Cut at multiples of the chunk counted from the first token ever read: the same cuts however often one stopped. alone:
-    what stands after the last multiple of GRID is a piece of its own, as it is for who stopped there and goes on.
+    what stands after the last multiple of GRID is a piece of its own, as it is where a reader stopped there before.
     """
     end = start + total
     while start < end:

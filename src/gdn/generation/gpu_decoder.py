@@ -40,7 +40,12 @@ class GPUDecoder:
         return kernels and model.compute_dtype in (None, weight.dtype) and is_joined(model)
 
     def step(self, ids: Tensor, state: DecodeState) -> Tensor:
-        """Logits [B, vocab] float32 after one more token, ids [B] int64, of each row in `state`, which is updated in place.
+        """The logits of `read`."""
+        return self.read(ids, state)[0]
+
+    def read(self, ids: Tensor, state: DecodeState) -> tuple[Tensor, Tensor]:
+        """One more token, ids [B] int64, of each row in `state`, which is updated in place: logits [B, vocab] float32 after it,
+        and the last norm's output [B, hidden] that they come of.
 
         The host does nothing but launch: this can be captured.
         """
@@ -57,7 +62,7 @@ class GPUDecoder:
             h, _ = rows.norm_rows(residual, self._norm, config.norm_eps, self._head.dtype)
             logits = x.new_empty(B, config.vocab_size)
             linear.many_linear(h, self._head, logits, config.hidden_size)
-            return logits
+            return logits, h
 
     def _few_layer(self, residual: "Residual", n: int, state: DecodeState) -> "Residual":
         """The residual stream after layer n, each segment of a product a program of its own."""
