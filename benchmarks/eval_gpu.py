@@ -210,7 +210,7 @@ def peer_model(args: argparse.Namespace, folder: Path) -> tuple[Any, str]:
         from fla.models import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 
         name = f"flash-linear-attention {version('flash-linear-attention')}"
-    known = {key: value for key, value in config.items() if key not in ("architectures", "auto_map", "dtype")}
+    known = {key: value for key, value in config.items() if key not in ("architectures", "model_type", "dtype")}
     model = GatedDeltaNetForCausalLM(GatedDeltaNetConfig(**known)).to(torch.bfloat16)
     missing = model.load_state_dict(weights.state_dict(), strict=False)
     assert not missing.missing_keys and not missing.unexpected_keys, missing
@@ -232,6 +232,18 @@ def peer(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
         lm = ours if which == "gdn" else hflm
         clocks[which].seconds, hflm.padded = 0.0, 0
         return harness.run_task(lm, work, tokenizer, data=args.data, limit=limit)
+
+    def fitting(work: harness.Work, limit: int) -> dict[str, Any]:
+        """At half the batch size, and half of that, where the memory is not enough."""
+        while True:
+            try:
+                return run("hflm", work, limit)
+            except torch.OutOfMemoryError:
+                if hflm.batch_size_per_gpu == 1:
+                    raise
+            hflm.batch_size_per_gpu //= 2
+            gc.collect()
+            torch.cuda.empty_cache()
 
     def best_size(kind: str, work: harness.Work, limit: int) -> tuple[int, dict[str, float]]:
         found: dict[int, float] = {}
@@ -263,13 +275,14 @@ def peer(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
         limit = min(small, GENERATED if work.length else SUBSET[work.name])
         size = trials["generated" if work.length else "scored"][0]
         hflm.batch_size_per_gpu = size
-        for which in ("gdn", "hflm") if not work.length else ():  # kernels for these shapes compile; RULER's have
-            run(which, work, limit)
+        if not work.length:  # kernels for these shapes compile; RULER's have
+            run("gdn", work, limit)
+            fitting(work, limit)
         mine = run("gdn", work, limit)
         seconds = clocks["gdn"].seconds
-        theirs = run("hflm", work, limit)
+        theirs = fitting(work, limit)
         row = {"documents": mine["documents"], "tokens_asked": mine["tokens_asked"], "tokens of gdn": mine["tokens_computed"]}
-        row |= {"tokens of hflm, padded": hflm.padded, "batch size": size, "gdn seconds": seconds}
+        row |= {"tokens of hflm, padded": hflm.padded, "batch size": hflm.batch_size_per_gpu, "gdn seconds": seconds}
         row |= {"hflm seconds": clocks["hflm"].seconds, "values": [mine["value"], theirs["value"]]}
         if "warm" in rows:
             whole = rows["warm"]["tasks"][work.name]["tokens_asked"] / mine["tokens_asked"]

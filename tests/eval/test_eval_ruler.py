@@ -1,7 +1,11 @@
 """RULER's samples: the harness's text, each seeded by itself, sized as the card or to the asked length."""
 
+import bisect
+import itertools
 import json
+import operator
 import random
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -89,6 +93,16 @@ def test_exact_sizes_fill_the_length(task: str, length: int, data: Path, tokeniz
         tokens = len(tokenizer(sample["input"])["input_ids"]) + ruler.ANSWER
         assert tokens == sample["length"]
         assert 0.98 * length <= tokens <= length
+
+
+def test_the_keys_are_the_harness_own_sorted_and_unique(data: Path, tokenizer: Any) -> None:
+    make("niah_single_1", data, tokenizer, samples=1)
+    module = sys.modules["lm_eval.tasks.ruler.prepare_niah"]
+    assert "set" not in vars(module)  # it was there while the module was imported
+    keys = module.WORDS
+    assert all(map(operator.lt, keys, itertools.islice(keys, 1, None)))
+    for word in random.Random(0).sample(module.words, 1000):
+        assert keys[bisect.bisect_left(keys, word)] == word
 
 
 def test_short_essays_are_repeated_and_it_is_told(data: Path, tokenizer: Any, tmp_path: Path) -> None:

@@ -6,10 +6,12 @@ sizes, as the published row has them; "exact" fills the asked length to the last
 (25 tokens), and where the essays are too short they begin again.
 """
 
+import importlib.util
 import json
 import random
 import re
 import shutil
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,6 +52,8 @@ def dataset(
         raise ConfigError(f"a RULER length of {length:,} tokens; expected more than {2 * ANSWER} and at most {LONGEST:,}")
     with sentence_tables(folder):
         import datasets
+
+        _import_words("lm_eval.tasks.ruler.prepare_niah")
         from lm_eval.tasks.ruler import niah_utils
 
         def fill(haystack: Any, **definition: Any) -> list[dict[str, Any]]:
@@ -69,6 +73,25 @@ def dataset(
             for name, value in original.items():
                 setattr(niah_utils, name, value)
     return made
+
+
+def _import_words(name: str) -> None:
+    """Import the harness's module that sorts the set of its six million keys, as a set that keeps the order they come in.
+
+    That order is nearly sorted: the same list in half the time, seconds of every run.
+    """
+    if name in sys.modules:
+        return
+    spec = importlib.util.find_spec(name)
+    assert spec is not None and spec.loader is not None
+    module = sys.modules[name] = importlib.util.module_from_spec(spec)
+    vars(module)["set"] = dict.fromkeys
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    del vars(module)["set"]
 
 
 @cache
