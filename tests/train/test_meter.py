@@ -216,8 +216,8 @@ def test_a_tracker_that_is_not_installed_is_one_line(shards: Path, tmp_path: Pat
 def test_the_line_of_a_row() -> None:
     row = {"step": 10, "loss": 2.5, "tokens_per_second": 230123.4, "lr": 4e-4, "memory_gib": 31.06, "data_wait": 0.001}
     assert progress_line(row | {"mfu": 0.4567, "mfu_measured": 0.6, "seconds_left": 3725.4}, 1000) == (
-        "step 10/1,000  loss 2.500  230,123 tok/s  MFU 45.7%  lr 4.0e-04  31.1 GiB  1:02:05 left"
+        "step 10/1,000  loss 2.500  230,123 tok/s  MFU 45.7%  1:02:05 left  lr 4.0e-04  31.1 GiB"
     )
     assert progress_line(row | {"mfu_measured": 0.6, "seconds_left": 59.6, "data_wait": 0.25}, 1000) == (
-        "step 10/1,000  loss 2.500  230,123 tok/s  MFU 60.0%  lr 4.0e-04  31.1 GiB  waiting for data 25%  1:00 left"
+        "step 10/1,000  loss 2.500  230,123 tok/s  MFU 60.0%  1:00 left  waiting for data 25%  lr 4.0e-04  31.1 GiB"
     )

@@ -10,7 +10,7 @@ from types import TracebackType
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.progress import BarColumn, Progress, TextColumn
 
 from gdn import config as toml
 from gdn.errors import ConfigError
@@ -102,7 +102,7 @@ class Display:
         self._console, self._steps = console, steps
         self._last_line = -math.inf
         text = "{task.description}"
-        columns = (TextColumn("[bold]training"), BarColumn(bar_width=16), TaskProgressColumn(), TextColumn(text))
+        columns = (BarColumn(bar_width=10), TextColumn(text))  # what a narrow window needs fits in it
         self._progress = Progress(*columns, console=console, disable=not console.is_terminal)
         self._task = self._progress.add_task("", total=steps, completed=done)
 
@@ -127,9 +127,9 @@ def progress_line(row: Mapping[str, float], steps: int) -> str:
     parts = [f"step {row['step']:,.0f}/{steps:,}", f"loss {row['loss']:.3f}", f"{row['tokens_per_second']:,.0f} tok/s"]
     if "mfu" in row or "mfu_measured" in row:
         parts.append(f"MFU {row.get('mfu', row.get('mfu_measured', 0.0)):.1%}")
-    parts += [f"lr {row['lr']:.1e}", f"{row['memory_gib']:.1f} GiB"]
-    if row["data_wait"] >= 0.01:
-        parts.append(f"waiting for data {row['data_wait']:.0%}")
     minutes, seconds = divmod(round(row["seconds_left"]), 60)
     parts.append(f"{minutes // 60}:{minutes % 60:02}:{seconds:02} left" if minutes >= 60 else f"{minutes}:{seconds:02} left")
+    if row["data_wait"] >= 0.01:
+        parts.append(f"waiting for data {row['data_wait']:.0%}")
+    parts += [f"lr {row['lr']:.1e}", f"{row['memory_gib']:.1f} GiB"]
     return "  ".join(parts)
