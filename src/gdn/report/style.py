@@ -53,7 +53,8 @@ table { border-collapse: collapse; width: 100%; font-size: 0.875rem; font-varian
 th { text-align: right; font-weight: 500; color: var(--muted); padding: 0 0 6px 12px; position: sticky; top: 0;
   background: var(--card); }
 td { text-align: right; padding: 4px 0 4px 12px; border-top: 1px solid var(--line); }
-.wide { margin-top: 20px; } .wide td:last-child, .wide td:first-child { white-space: nowrap; } .wide .table { max-height: none; }
+.wide { margin-top: 20px; } .wide td:last-child, .wide td:first-child { white-space: nowrap; }
+.wide .table { max-height: none; }
 .word, td:first-child:not(:last-child), th:first-child { text-align: left; padding-left: 0; }
 pre { font: 0.8125rem/1.55 ui-monospace, SFMono-Regular, Menlo, Consolas, "DejaVu Sans Mono", monospace; margin: 0;
   white-space: pre-wrap; overflow-wrap: anywhere; }
