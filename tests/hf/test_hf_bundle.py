@@ -115,9 +115,11 @@ def test_what_is_left_out_exists_in_the_sources_and_not_in_the_file() -> None:
     classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
     import gdn.hf.modeling as modeling
     from gdn.model.config import ModelConfig
+    from gdn.model.lm import Block
     from gdn.model.state import DecodeState
 
     owners = {
+        "Block": Block,
         "DecodeState": DecodeState,
         "GatedDeltaNet": modeling.GatedDeltaNet,
         "GatedDeltaNetForCausalLM": modeling.GatedDeltaNetForCausalLM,

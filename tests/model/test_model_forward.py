@@ -93,6 +93,26 @@ def test_loss_is_the_cross_entropy_of_the_logits(make: Callable[..., GatedDeltaN
     assert relative(last, logits[:, -1]) < 1e-12
 
 
+def test_computing_blocks_again_changes_no_bit_and_keeps_less(make: Callable[..., GatedDeltaNetLM]) -> None:
+    model, ids = make(), tokens(2, T)
+    found, kept = [], []
+    for recompute in ("nothing", "blocks"):
+        for block in model.model.layers:
+            block.recompute = recompute  # type: ignore[assignment]
+        sizes: list[int] = []
+
+        def note(x: Tensor, sizes: list[int] = sizes) -> Tensor:
+            sizes.append(x.nbytes)
+            return x
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda x: x):
+            loss = model(ids, ids).loss_sum
+        found.append([loss, *torch.autograd.grad(loss, list(model.parameters()))])
+        kept.append(sum(sizes))
+    assert all(torch.equal(a, b) for a, b in zip(*found))
+    assert kept[1] < kept[0] / 3
+
+
 def test_state_select_and_fork_are_independent_and_of_constant_size(make: Callable[..., GatedDeltaNetLM]) -> None:
     model, ids = make(), tokens(3, 40)
     state = model.new_state(3)

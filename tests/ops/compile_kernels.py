@@ -22,14 +22,17 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from gdn.ops import (
     triton_backward,
     triton_configs,
+    triton_cross_entropy,
     triton_draw,
     triton_forward,
     triton_gates,
     triton_layer_step,
     triton_linear,
+    triton_norm,
     triton_rows,
     triton_segments,
     triton_step,
+    triton_swiglu,
 )
 from gdn.ops import triton_short_conv as conv
 from gdn.ops import triton_short_conv_backward as conv_backward
@@ -205,6 +208,30 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
     yield compiled(arch, triton_draw._noise, values, {"BLOCK": 1024}, num_warps=4)
 
 
+def training_kernels(arch: int) -> Iterator[dict[str, Any]]:
+    """Around the rule, of the published width."""
+    names = "x branch normed total total_again d d_residual dx o proj y dy do dproj joined out d_joined logits"
+    values = dict.fromkeys(names.split(), "*bf16") | dict.fromkeys(("weight", "partials", "losses"), "*fp32")
+    values |= dict.fromkeys(("rows", "D", "stride", "start", "F", "V"), "i32") | {"eps": "fp32", "labels": "*i64"}
+    norm = triton_norm
+    for kernel, rows, warps in (
+        (norm._norm_forward, norm.FORWARD_ROWS, norm.FORWARD_WARPS),
+        (norm._norm_backward, norm.BACKWARD_ROWS, norm.BACKWARD_WARPS),
+    ):
+        yield compiled(arch, kernel, values, {"BLOCK": 1024, "ROWS": rows}, num_warps=warps)
+    for kernel, rows, warps in (
+        (norm._gated_norm_forward, norm.GATED_FORWARD_ROWS, norm.GATED_FORWARD_WARPS),
+        (norm._gated_norm_backward, norm.GATED_BACKWARD_ROWS, norm.GATED_BACKWARD_WARPS),
+    ):
+        sizes = {"HV": 4, "V": 256, "BLOCK_HV": 4, "BLOCK_V": 256, "UNIT": 8}
+        yield compiled(arch, kernel, values, sizes | {"ROWS": rows}, num_warps=warps)
+    tile = {"ROWS": triton_swiglu.ROWS, "COLUMNS": triton_swiglu.COLUMNS}
+    for kernel in (triton_swiglu._swiglu_forward, triton_swiglu._swiglu_backward):
+        yield compiled(arch, kernel, values, tile, num_warps=triton_swiglu.NUM_WARPS)
+    constants = {"IGNORED": -100, "GRADIENTS": True, "COLUMNS": triton_cross_entropy.COLUMNS}
+    yield compiled(arch, triton_cross_entropy._cross_entropy, values, constants, num_warps=triton_cross_entropy.NUM_WARPS)
+
+
 def hopper_kernels(K: int) -> Iterator[dict[str, Any]]:
     from gdn.ops import triton_hopper_gradients, triton_hopper_states
 
@@ -240,6 +267,7 @@ def main() -> None:
         take(K, torch.bfloat16, other_kernels(arch, K))
         if K == 256:
             take(K, torch.bfloat16, decoding_kernels(arch))
+            take(K, torch.bfloat16, training_kernels(arch))
         if every and (K < 256 or SHARED[arch] >= triton_configs.WIDE_KIB):
             take(K, torch.float32, rule_kernels(arch, K, torch.float32))
     sys.stdout.write(json.dumps(found) + "\n")

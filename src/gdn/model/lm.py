@@ -5,14 +5,18 @@ from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from gdn.model.config import ModelConfig
 from gdn.model.layers import Linear, RMSNorm, SwiGLU
 from gdn.model.mixer import GatedDeltaNet, LayerState, ShortConv
 from gdn.model.state import DecodeState
 from gdn.ops import linear_cross_entropy
+from gdn.ops.backend import choose_backend
+from gdn.ops.conv_rule import Heads
 
 Init = Literal["mamba", "zeros"]
+Recompute = Literal["nothing", "keys", "blocks"]  # in the backward, to save memory; keys: where the kernels on a GPU serve
 
 
 class LMOutput(NamedTuple):
@@ -26,26 +30,81 @@ class LMOutput(NamedTuple):
 class Block(nn.Module):
     """Pre-norm residual block: mixer, then SwiGLU."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute = "nothing") -> None:
         super().__init__()
+        self.recompute = recompute
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = GatedDeltaNet(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.mlp = SwiGLU(config.hidden_size, config.ffn_size)
 
     def forward(self, x: Tensor, state: LayerState | None = None, cu_seqlens: Tensor | None = None) -> Tensor:
+        if self.recompute == "blocks" and state is None and torch.is_grad_enabled():
+            kept: Tensor = checkpoint(self._run, x, None, cu_seqlens, use_reentrant=False, preserve_rng_state=False)
+            return kept
+        return self._run(x, state, cu_seqlens)
+
+    def _run(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
+        if state is None and self._fused_backend(x) == "triton":
+            return self._fused(x, cu_seqlens)
         x = x + self.attn(self.attn_norm(x), state, cu_seqlens)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
+
+    def _fused_backend(self, x: Tensor) -> str:
+        """Of the block as one operator in training: "triton" on a GPU, if every module within is as it was built."""
+        config, attn, mlp = self.attn.config, self.attn, self.mlp
+        if not (config.use_gate and config.use_short_conv and torch.is_grad_enabled()):
+            return "torch"
+        if not any(weight.requires_grad for weight in self.parameters()) and not x.requires_grad:
+            return "torch"
+        mixer = (attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj, attn.o_proj)
+        linear = (*mixer, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        for module in self.modules():
+            # Adapters (peft), hooks of offloading (accelerate) or of somebody who looks inside: they must be called.
+            if module is not self and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
+                return "torch"
+        if any(type(module) is not Linear or module.weight.is_meta for module in linear):
+            return "torch"
+        return choose_backend("auto", x.device, x.dtype, config.head_dim, config.head_v_dim)
+
+    def _fused(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+        from gdn.ops.triton_block import BlockWeights, block
+
+        config, attn, mlp = self.attn.config, self.attn, self.mlp
+        convolutions = (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d)
+        biases: list[Tensor] = [conv.bias for conv in convolutions if conv.bias is not None]
+        weights = BlockWeights(
+            q=attn.q_proj.weight,
+            k=attn.k_proj.weight,
+            v=attn.v_proj.weight,
+            a=attn.a_proj.weight,
+            b=attn.b_proj.weight,
+            g=attn.g_proj.weight,
+            o=attn.o_proj.weight,
+            gate=mlp.gate_proj.weight,
+            up=mlp.up_proj.weight,
+            down=mlp.down_proj.weight,
+            attn_norm=self.attn_norm.weight,
+            A_log=attn.A_log,
+            dt_bias=attn.dt_bias,
+            o_norm=attn.o_norm.weight,
+            mlp_norm=self.mlp_norm.weight,
+            conv=torch.cat([conv.weight.squeeze(1) for conv in convolutions]),
+            conv_bias=torch.cat(biases) if biases else None,
+        )
+        heads = Heads(config.num_heads, config.head_dim, config.value_heads, config.head_v_dim)
+        keep_keys = self.recompute != "keys"
+        return block(x, weights, heads, config.norm_eps, config.allow_neg_eigval, cu_seqlens, keep_keys=keep_keys)
 
 
 class Backbone(nn.Module):
     """Token ids to hidden states."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute = "nothing") -> None:
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
@@ -63,12 +122,12 @@ class Backbone(nn.Module):
 class GatedDeltaNetLM(nn.Module):
     """The model of the published checkpoint; state_dict keys are flash-linear-attention's."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None) -> None:
-        """compute_dtype: of activations and matrix products; None: that of the weights."""
+    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None, recompute: Recompute = "nothing") -> None:
+        """compute_dtype: of activations and matrix products; None: that of the weights. recompute: in the backward."""
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.model = Backbone(config)
+        self.model = Backbone(config, recompute)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight

@@ -42,6 +42,11 @@ def choose_backend(backend: str, device: torch.device, dtype: torch.dtype, K: in
     return chosen
 
 
+def backend_for(x: torch.Tensor) -> str:
+    """ "triton" where x lies on a GPU whose kernels compute in x's dtype, whatever the size of heads, else "torch"."""
+    return "triton" if x.is_cuda and triton_refusal(x.device, x.dtype, TRITON_K[0], 32) is None else "torch"
+
+
 def triton_refusal(device: torch.device, dtype: torch.dtype, K: int, V: int) -> str | None:
     """Why the kernels cannot serve, or None."""
     if dtype not in _TRITON_DTYPES:

@@ -7,8 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from gdn.ops.backend import backend_for
+
 IGNORED = -100  # the label of a position that is not a target: PyTorch's own convention
 _CHUNK_LOGITS = 1 << 22  # logits alive at a time: 16 MiB in float32
+_GPU_CHUNK_LOGITS = 1 << 28  # 512 MiB in bfloat16: products large enough for a GPU, and few of them
 
 
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
@@ -24,11 +27,17 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor) -> Tensor:
+        wanted = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        ctx.weight_dtype = weight.dtype
+        if backend_for(hidden) == "triton":
+            loss, d_hidden, d_weight = _on_gpu(hidden, weight, labels, *wanted)
+            ctx.save_for_backward(d_hidden, d_weight)
+            return loss
         dtype = torch.promote_types(hidden.dtype, torch.float32)
         narrow = weight.to(hidden.dtype)
         loss = torch.zeros((), dtype=dtype, device=hidden.device)
-        d_hidden = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
+        d_hidden = torch.empty_like(hidden) if wanted[0] else None
+        d_weight = torch.zeros_like(weight, dtype=dtype) if wanted[1] else None
         rows = max(1, _CHUNK_LOGITS // len(weight))
         for h, target, part in zip(hidden.split(rows), labels.split(rows), range(0, len(hidden), rows)):
             valid = target != IGNORED
@@ -45,7 +54,6 @@ class _LinearCrossEntropy(torch.autograd.Function):
             if d_weight is not None:
                 d_weight += d_logits.mT @ h
         ctx.save_for_backward(d_hidden, d_weight)
-        ctx.weight_dtype = weight.dtype
         return loss
 
     @staticmethod
@@ -57,3 +65,30 @@ class _LinearCrossEntropy(torch.autograd.Function):
             None if d_weight is None else (d_weight * d_loss).to(ctx.weight_dtype),
             None,
         )
+
+
+def _on_gpu(
+    hidden: Tensor, weight: Tensor, labels: Tensor, with_d_hidden: bool, with_d_weight: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Loss and gradients as wanted, by a kernel that turns logits, rounded to hidden's dtype, into their gradients in place."""
+    from gdn.ops.triton_cross_entropy import cross_entropy_in_place
+
+    narrow, labels = weight.to(hidden.dtype), labels.contiguous()
+    losses = hidden.new_empty(len(hidden), dtype=torch.float32)
+    d_hidden = torch.empty_like(hidden, memory_format=torch.contiguous_format) if with_d_hidden else None
+    d_weight = torch.zeros_like(weight, dtype=torch.float32) if with_d_weight and not len(hidden) else None
+    chunks = max(1, -(-len(hidden) * len(weight) // _GPU_CHUNK_LOGITS))
+    rows = 128 * max(1, -(-len(hidden) // (128 * chunks)))  # whole tiles of the products
+    for start in range(0, len(hidden), rows):
+        h, part = hidden[start : start + rows], slice(start, start + rows)
+        logits = h @ narrow.mT
+        losses[part] = cross_entropy_in_place(logits, labels[part], IGNORED, with_d_hidden or with_d_weight)
+        if d_hidden is not None:
+            torch.mm(logits, narrow, out=d_hidden[part])
+        if with_d_weight:
+            if h.dtype == torch.float32 or not h.is_cuda:
+                d = (logits.mT @ h).float()
+            else:
+                d = torch.mm(logits.mT, h, out_dtype=torch.float32)
+            d_weight = d if d_weight is None else d_weight.add_(d)
+    return losses.sum(), d_hidden, d_weight

@@ -39,7 +39,7 @@ def conv_rule(
     return o, final_state
 
 
-def _run(
+def run_forward(
     proj: Tensor,
     conv_weight: Tensor,
     conv_bias: Tensor | None,
@@ -63,6 +63,37 @@ def _run(
     return q, k, result
 
 
+def run_backward(
+    proj: Tensor,
+    conv_weight: Tensor,
+    conv_bias: Tensor | None,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    conv_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    heads: Heads,
+    allow_neg_eigval: bool,
+    saved: list[Tensor],
+    do: Tensor,
+    d_final_state: Tensor | None,
+    dproj: Tensor,
+    *,
+    with_initial_state: bool,
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Writes the gradient of proj's first columns into dproj; returns those of the rest. `saved`: see `_training`."""
+    q, k, X, states, A, P, gates = saved
+    result = backward(
+        q, k, heads.K**-0.5, Intra(A, P, gates), X, states, do, d_final_state,
+        chunks_of(proj.shape[0], proj.shape[1], cu_seqlens), with_initial_state=with_initial_state,
+    )  # fmt: skip
+    d_weight, d_bias, d_conv_state = conv_backward(
+        proj, conv_weight, conv_bias, conv_state, cu_seqlens, result.dq, result.dk, result.dv, dproj
+    )
+    columns = heads.channels, heads.channels + heads.HV
+    dA_log, d_dt_bias = gates_backward(proj, *columns, A_log, dt_bias, allow_neg_eigval, result.dg, result.dbeta, dproj)
+    return d_weight, d_bias, dA_log, d_dt_bias, d_conv_state, result.d_initial_state
+
+
 @torch.library.custom_op("gdn::conv_rule_inference", mutates_args=())
 def _inference(
     proj: Tensor,
@@ -76,7 +107,7 @@ def _inference(
     heads: list[int],
     allow_neg_eigval: bool,
 ) -> tuple[Tensor, Tensor]:
-    _, _, result = _run(
+    _, _, result = run_forward(
         proj, conv_weight, conv_bias, A_log, dt_bias, conv_state, initial_state, cu_seqlens, Heads(*heads), allow_neg_eigval,
         for_backward=False,
     )  # fmt: skip
@@ -113,7 +144,7 @@ def _training(
     allow_neg_eigval: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """o, final state, and what the backward needs: q, k, X, states, A, P, gates (`triton_forward`)."""
-    q, k, result = _run(
+    q, k, result = run_forward(
         proj, conv_weight, conv_bias, A_log, dt_bias, conv_state, initial_state, cu_seqlens, Heads(*heads), allow_neg_eigval,
         for_backward=True,
     )  # fmt: skip
@@ -135,14 +166,24 @@ def _(
     heads: list[int],
     allow_neg_eigval: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    o, final_state = _fake_outputs(proj, initial_state, Heads(*heads))
+    q, X, states, A, gates = fake_saved(proj, cu_seqlens, Heads(*heads))
+    return o, final_state, q, q.clone(), X, states, A, A.clone(), gates
+
+
+def fake_saved(proj: Tensor, cu_seqlens: Tensor | None, heads: Heads) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """For fakes: empty q, X, states, A and gates; k is like q and P like A."""
     H, K, HV, V = heads
     B, T = proj.shape[:2]
     N = B if cu_seqlens is None else cu_seqlens.shape[0] - 1
     count = B * ((T + C - 1) // C) if cu_seqlens is None else N + (T - N) // C
-    o, final_state = _fake_outputs(proj, initial_state, Heads(*heads))
-    q, square = proj.new_empty(B, T, H, K), proj.new_empty(count, HV, C, C)
-    states, gates = proj.new_empty(count, HV, V, K), proj.new_empty(count, HV, 7, C, dtype=torch.float32)
-    return o, final_state, q, q.clone(), o.clone(), states, square, square.clone(), gates
+    return (
+        proj.new_empty(B, T, H, K),
+        proj.new_empty(B, T, HV, V),
+        proj.new_empty(count, HV, V, K),
+        proj.new_empty(count, HV, C, C),
+        proj.new_empty(count, HV, 7, C, dtype=torch.float32),
+    )
 
 
 @torch.library.custom_op("gdn::conv_rule_backward", mutates_args=())
@@ -162,20 +203,12 @@ def _backward(
     with_initial_state: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of proj, conv_weight, conv_bias, A_log, dt_bias, conv_state, initial_state; empty for what is not there."""
-    sizes = Heads(*heads)
-    q, k, X, states, A, P, gates = saved
-    result = backward(
-        q, k, sizes.K**-0.5, Intra(A, P, gates), X, states, do, d_final_state,
-        chunks_of(proj.shape[0], proj.shape[1], cu_seqlens), with_initial_state=with_initial_state,
-    )  # fmt: skip
     dproj = torch.empty(proj.shape, dtype=proj.dtype, device=proj.device)
-    dproj[..., sizes.columns :] = 0
-    d_weight, d_bias, d_conv_state = conv_backward(
-        proj, conv_weight, conv_bias, conv_state, cu_seqlens, result.dq, result.dk, result.dv, dproj
-    )
-    columns = sizes.channels, sizes.channels + sizes.HV
-    dA_log, d_dt_bias = gates_backward(proj, *columns, A_log, dt_bias, allow_neg_eigval, result.dg, result.dbeta, dproj)
+    dproj[..., Heads(*heads).columns :] = 0
+    inputs = (proj, conv_weight, conv_bias, A_log, dt_bias, conv_state, cu_seqlens, Heads(*heads), allow_neg_eigval)
+    gradients = run_backward(*inputs, saved, do, d_final_state, dproj, with_initial_state=with_initial_state)
     empty = proj.new_empty(0, dtype=torch.float32)
+    d_weight, d_bias, dA_log, d_dt_bias, d_conv_state, d_initial_state = gradients
     return (
         dproj,
         d_weight,
@@ -183,7 +216,7 @@ def _backward(
         dA_log,
         d_dt_bias,
         empty.clone() if d_conv_state is None else d_conv_state,
-        empty.clone() if result.d_initial_state is None else result.d_initial_state,
+        empty.clone() if d_initial_state is None else d_initial_state,
     )
 
 

@@ -230,7 +230,7 @@ def open_data(run: RunConfig) -> tuple[Loader, TokenShards | None]:
 def build_model(run: RunConfig, device: torch.device, workers: Workers = ALONE) -> GatedDeltaNetLM:
     """The recipe's model with its initial weights, float32, on `device`; among several processes, sharded over them."""
     compute = torch.bfloat16 if run.train.dtype == "bfloat16" else torch.float32
-    model = GatedDeltaNetLM(run.model, compute)
+    model = GatedDeltaNetLM(run.model, compute, run.train.recompute)
     init_weights(model, run.train.init, run.train.seed)
     model = model.to(device)
     if workers.mesh is not None:
@@ -262,8 +262,8 @@ def _newest(run: RunConfig, saves: Path) -> Path | None:
     for section in ("data", "train", "optim"):
         ours, theirs = toml.to_dict(getattr(run, section)), toml.to_dict(getattr(before, section))
         for key in sorted(ours.keys() | theirs.keys()):
-            # The folder of the shards may move: their fingerprint is compared instead.
-            if ours.get(key) != theirs.get(key) and (section, key) != ("data", "shards"):
+            # The folder of the shards may move: their fingerprint is compared instead. What is computed again changes no bit.
+            if ours.get(key) != theirs.get(key) and (section, key) not in (("data", "shards"), ("train", "recompute")):
                 raise CheckpointError(
                     f"{found[-1]}: {section}.{key} = {theirs.get(key)!r} there, {ours.get(key)!r} in the recipe; "
                     "a run goes on only as it began"

@@ -7,7 +7,7 @@ from typing import Literal, NamedTuple
 from gdn.data.shards import Manifest
 from gdn.errors import ConfigError
 from gdn.model.config import ModelConfig
-from gdn.model.lm import Init
+from gdn.model.lm import Init, Recompute
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     init: Init = "mamba"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products; weights are float32
+    recompute: Recompute = "nothing"  # what the backward computes again, to save memory; changes no result
 
 
 @dataclass(frozen=True)
