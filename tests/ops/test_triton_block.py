@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from gdn.model.config import ModelConfig
 from gdn.model.lm import Block
+from gdn.model.mixer import LayerState
 from gdn.ops import rms_norm
 
 pytest.importorskip("triton")
@@ -118,15 +119,18 @@ def test_whoever_looks_into_a_block_is_called() -> None:
     real = "gdn.model.lm.choose_backend"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(real, lambda *_: "triton")
-        assert block._fused_backend(x) == "triton"
+        assert block._fused_backend(x, None, None) == "triton"
+        state = LayerState(torch.zeros(2, 1, 64, 32), torch.zeros(2, 3, 160))
+        assert block._fused_backend(x, state, None) == "torch"  # gradients past a state
         with torch.no_grad():
-            assert block._fused_backend(x) == "torch"
+            assert block._fused_backend(x, state, None) == "triton"
+            assert block._fused_backend(x[:, :1], state, None) == "torch"  # a step
         handle = block.attn.q_proj.register_forward_hook(lambda *_: None)
-        assert block._fused_backend(x) == "torch"
+        assert block._fused_backend(x, None, None) == "torch"
         handle.remove()
-        assert block._fused_backend(x) == "triton"
+        assert block._fused_backend(x, None, None) == "triton"
         block.mlp.up_proj = nn.Sequential(block.mlp.up_proj)  # type: ignore[assignment]
-        assert block._fused_backend(x) == "torch"
+        assert block._fused_backend(x, None, None) == "torch"
 
 
 @pytest.mark.parametrize(("rows", "D"), [(5, 48), (1, 1024), (70, 100)])

@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from gdn.model.layers import Linear
+from gdn.model.layers import Linear, adjacent
 from gdn.model.lm import Block, GatedDeltaNetLM
 from gdn.model.mixer import GatedDeltaNet
 
@@ -20,7 +20,7 @@ def join_projections(model: GatedDeltaNetLM) -> None:
         for layer in model.model.layers:
             assert isinstance(layer, Block)
             for linears in (_inputs(layer.attn), [layer.mlp.gate_proj, layer.mlp.up_proj]):
-                if _joined(linears) is None:
+                if adjacent(linears) is None:
                     joined = torch.cat([linear.weight for linear in linears])
                     for linear, part in zip(linears, joined.split([len(linear.weight) for linear in linears])):
                         linear.weight.data = part
@@ -30,7 +30,7 @@ def is_joined(model: GatedDeltaNetLM) -> bool:
     """Whether `join_projections` was called, and nothing has moved the weights since."""
     first = model.model.layers[0]
     assert isinstance(first, Block)
-    return _joined(_inputs(first.attn)) is not None
+    return adjacent(_inputs(first.attn)) is not None
 
 
 class LayerWeights(NamedTuple):
@@ -51,7 +51,7 @@ class LayerWeights(NamedTuple):
 
 def layer_weights(block: Block) -> LayerWeights:
     attn = block.attn
-    projections, ffn = _joined(_inputs(attn)), _joined([block.mlp.gate_proj, block.mlp.up_proj])
+    projections, ffn = adjacent(_inputs(attn)), adjacent([block.mlp.gate_proj, block.mlp.up_proj])
     assert projections is not None and ffn is not None
     conv, bias = None, None
     if attn.config.use_short_conv:
@@ -78,15 +78,3 @@ def _inputs(attn: GatedDeltaNet) -> Sequence[Linear]:
     """The projections of the layer's input, in the order of the joined rows."""
     found = [attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj]
     return [*found, attn.g_proj] if attn.config.use_gate else found
-
-
-def _joined(linears: Sequence[Linear]) -> Tensor | None:
-    """The weights as one matrix without a copy, or None if they do not lie one behind another in one storage."""
-    first = linears[0].weight
-    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
-    for weight in (linear.weight for linear in linears):
-        if weight.untyped_storage().data_ptr() != storage or weight.data_ptr() != end or not weight.is_contiguous():
-            return None
-        end += weight.nbytes
-    rows = sum(len(linear.weight) for linear in linears)
-    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))

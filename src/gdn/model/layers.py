@@ -1,5 +1,7 @@
 """The standard pieces of a block: linear layer, norms, SwiGLU. Parameter names are the wire format and must not change."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -25,6 +27,26 @@ class Linear(nn.Linear):
         if x.dtype == torch.bfloat16 and x.device.type == "cpu" and x.numel() > _FEW_ROWS * x.shape[-1] and not _bf16_dots():
             return F.linear(x.float(), weight.float()).to(x.dtype)
         return F.linear(x, weight)
+
+
+def joined(linears: Sequence[Linear]) -> Tensor:
+    """Their weights as one matrix, without gradients: a view where they lie one behind another in one storage, else a copy."""
+    found = adjacent(linears)
+    return torch.cat([linear.weight.detach() for linear in linears]) if found is None else found
+
+
+def adjacent(linears: Sequence[Linear]) -> Tensor | None:
+    """As `joined`, None where that would be a copy, and while a graph is traced, which knows no addresses."""
+    if torch.compiler.is_compiling():
+        return None
+    first = linears[0].weight
+    storage, end = first.untyped_storage().data_ptr(), first.data_ptr()
+    for weight in (linear.weight for linear in linears):
+        if weight.untyped_storage().data_ptr() != storage or weight.data_ptr() != end or not weight.is_contiguous():
+            return None
+        end += weight.nbytes
+    rows = sum(len(linear.weight) for linear in linears)
+    return first.detach().as_strided((rows, first.shape[1]), (first.shape[1], 1))
 
 
 def _bf16_dots() -> bool:

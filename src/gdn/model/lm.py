@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from gdn.model.config import ModelConfig
-from gdn.model.layers import Linear, RMSNorm, SwiGLU
+from gdn.model.layers import Linear, RMSNorm, SwiGLU, joined
 from gdn.model.mixer import GatedDeltaNet, LayerState, ShortConv
 from gdn.model.state import DecodeState
 from gdn.ops import linear_cross_entropy
@@ -45,21 +45,24 @@ class Block(nn.Module):
         return self._run(x, state, cu_seqlens)
 
     def _run(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
-        if state is None and self._fused_backend(x) == "triton":
-            return self._fused(x, cu_seqlens)
+        if self._fused_backend(x, state, cu_seqlens) == "triton":
+            return self._fused(x, state, cu_seqlens)
         x = x + self.attn(self.attn_norm(x), state, cu_seqlens)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
-    def _fused_backend(self, x: Tensor) -> str:
-        """Of the block as one operator in training: "triton" on a GPU, if every module within is as it was built."""
+    def _fused_backend(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> str:
+        """ "triton" where the block is one operator: on a GPU, every module within as it was built and unwatched.
+
+        Not for single tokens, which have kernels of their own, nor for gradients past a state.
+        """
         config, attn, mlp = self.attn.config, self.attn, self.mlp
-        if not (config.use_gate and config.use_short_conv and torch.is_grad_enabled()):
+        if not (config.use_gate and config.use_short_conv) or (state is not None and self._is_training(x)):
             return "torch"
-        if not any(weight.requires_grad for weight in self.parameters()) and not x.requires_grad:
+        if state is not None and cu_seqlens is None and x.shape[1] == 1:
             return "torch"
-        mixer = (attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj, attn.o_proj)
-        linear = (*mixer, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        linear = (attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj, attn.o_proj)
+        linear += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
         for module in self.modules():
             # Adapters (peft), hooks of offloading (accelerate) or of somebody who looks inside: they must be called.
             if module is not self and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
@@ -68,8 +71,12 @@ class Block(nn.Module):
             return "torch"
         return choose_backend("auto", x.device, x.dtype, config.head_dim, config.head_v_dim)
 
-    def _fused(self, x: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    def _is_training(self, x: Tensor) -> bool:
+        return torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters()))
+
+    def _fused(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
         from gdn.ops.triton_block import BlockWeights, block
+        from gdn.ops.triton_block_inference import block_inference
 
         config, attn, mlp = self.attn.config, self.attn, self.mlp
         convolutions = (attn.q_conv1d, attn.k_conv1d, attn.v_conv1d)
@@ -94,8 +101,17 @@ class Block(nn.Module):
             conv_bias=torch.cat(biases) if biases else None,
         )
         heads = Heads(config.num_heads, config.head_dim, config.value_heads, config.head_v_dim)
-        keep_keys = self.recompute != "keys"
-        return block(x, weights, heads, config.norm_eps, config.allow_neg_eigval, cu_seqlens, keep_keys=keep_keys)
+        switches = (heads, config.norm_eps, config.allow_neg_eigval)
+        if self._is_training(x):
+            return block(x, weights, *switches, cu_seqlens, keep_keys=self.recompute != "keys")
+        into = joined([attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj]).to(x.dtype)
+        gate_up = joined([mlp.gate_proj, mlp.up_proj]).to(x.dtype)
+        conv, recurrent = (None, None) if state is None else (state.conv, state.recurrent)
+        out, conv, recurrent = block_inference(x, into, gate_up, weights, *switches, conv, recurrent, cu_seqlens)
+        if state is not None:
+            state.conv.copy_(conv)
+            state.recurrent.copy_(recurrent)
+        return out
 
 
 class Backbone(nn.Module):

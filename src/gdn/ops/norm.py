@@ -11,8 +11,7 @@ _LARGEST_ROW = 8192  # of the GPU kernel
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """x / sqrt(mean(x^2) + eps) * weight over the last axis. Source: Zhang and Sennrich 2019 (arXiv:1910.07467)."""
-    # Without gradients decoding has kernels of its own (`triton_rows`), and prefill the bits they were made to match.
-    if torch.is_grad_enabled() and x.shape[-1] <= _LARGEST_ROW and backend_for(x) == "triton":
+    if x.shape[-1] <= _LARGEST_ROW and backend_for(x) == "triton":
         from gdn.ops import triton_norm
 
         fused: Tensor = triton_norm.rms_norm(x.contiguous(), weight, eps)

@@ -1,0 +1,112 @@
+"""A whole residual block without gradients as one torch.library operator, for GPUs: prompts, evaluation.
+
+A row of a product has the same bits however many rows there are: cuBLAS splits sums over K for few rows only, so that few are
+filled up (H200, docs/log.md); norms, gates, convolution and rule see one row or one sequence by themselves. So a prompt has the
+same bits in any batch and cut anywhere on the rule's grid.
+"""
+
+import torch
+from torch import Tensor
+
+from gdn.ops.conv_rule import Heads
+from gdn.ops.triton_block import BlockWeights
+from gdn.ops.triton_conv_rule import run_forward
+from gdn.ops.triton_norm import gated_norm_forward, norm_forward
+from gdn.ops.triton_short_conv import conv_final_state
+from gdn.ops.triton_swiglu import swiglu_forward
+
+FULL = 256  # rows of a product at least
+
+
+def block_inference(
+    x: Tensor,
+    into: Tensor,
+    gate_up: Tensor,
+    weights: BlockWeights,
+    heads: Heads,
+    eps: float,
+    allow_neg_eigval: bool,
+    conv_state: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """x [B, T, hidden] -> the block's output; the final convolution inputs and state, both empty without an initial state.
+
+    into [P, hidden]: the weights of q | k | v | a | b | g; gate_up [2 F, hidden]; they, o and down in x's dtype.
+    """
+    matrices = [into, weights.o.to(x.dtype), gate_up, weights.down.to(x.dtype)]
+    vectors = (weights.attn_norm, weights.A_log, weights.dt_bias, weights.o_norm, weights.mlp_norm, weights.conv)
+    states = (conv_state, None if initial_state is None else initial_state.contiguous(), cu_seqlens)
+    result: tuple[Tensor, Tensor, Tensor] = _run(
+        x.contiguous(), matrices, *vectors, weights.conv_bias, *states, list(heads), eps, allow_neg_eigval
+    )
+    return result
+
+
+@torch.library.custom_op("gdn::block_inference", mutates_args=())
+def _run(
+    x: Tensor,
+    matrices: list[Tensor],
+    attn_norm: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    o_norm: Tensor,
+    mlp_norm: Tensor,
+    conv: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    heads: list[int],
+    eps: float,
+    allow_neg_eigval: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    sizes, (into, out, gate_up, down) = Heads(*heads), matrices
+    proj = product(norm_forward(x, None, attn_norm, eps)[0], into)
+    _, _, rule = run_forward(
+        proj, conv, conv_bias, A_log, dt_bias, conv_state, initial_state, cu_seqlens, sizes, allow_neg_eigval,
+        for_backward=False,
+    )  # fmt: skip
+    y = gated_norm_forward(rule.o, proj, sizes.columns, o_norm, eps)
+    normed, _, residual = norm_forward(x, product(y.flatten(-2), out), mlp_norm, eps)
+    assert residual is not None
+    residual = product(swiglu_forward(product(normed, gate_up)), down, residual)
+    if initial_state is None:
+        return residual, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    assert rule.final_state is not None
+    return residual, conv_final_state(proj, conv_state, cu_seqlens, conv.shape[1], sizes.channels), rule.final_state
+
+
+@_run.register_fake
+def _(
+    x: Tensor,
+    matrices: list[Tensor],
+    attn_norm: Tensor,
+    A_log: Tensor,
+    dt_bias: Tensor,
+    o_norm: Tensor,
+    mlp_norm: Tensor,
+    conv: Tensor,
+    conv_bias: Tensor | None,
+    conv_state: Tensor | None,
+    initial_state: Tensor | None,
+    cu_seqlens: Tensor | None,
+    heads: list[int],
+    eps: float,
+    allow_neg_eigval: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if initial_state is None:
+        return torch.empty_like(x), x.new_empty(0), x.new_empty(0, dtype=torch.float32)
+    carried = x.new_empty(len(initial_state), conv.shape[1] - 1, conv.shape[0])
+    return torch.empty_like(x), carried, torch.empty_like(initial_state)
+
+
+def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
+    """x [..., K] @ weight^T [..., N], + added [..., N], which it may overwrite; as if there were FULL rows or more."""
+    rows = x.numel() // x.shape[-1]
+    wide, sums = x.reshape(rows, -1), None if added is None else added.view(rows, -1)
+    if rows < FULL:
+        fill = (0, 0, 0, FULL - rows)
+        wide, sums = torch.nn.functional.pad(wide, fill), None if sums is None else torch.nn.functional.pad(sums, fill)
+    out = wide @ weight.t() if sums is None else sums.addmm_(wide, weight.t())
+    return out[:rows].view(*x.shape[:-1], len(weight))

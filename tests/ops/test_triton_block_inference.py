@@ -1,0 +1,87 @@
+"""A block without gradients as one operator: beside the modules, and the same bits in any batch and cut on the rule's grid."""
+
+import pytest
+import torch
+from ops_testing import relative_error
+from test_triton_block import CASES, DEVICE, GPU, problem, short_strips
+from torch import Tensor
+
+from gdn.model.lm import Block
+from gdn.model.mixer import LayerState
+from gdn.ops import triton_block_inference
+
+__all__ = ["short_strips"]
+LONG = 200 if GPU else 100  # tokens: more than one piece of the grid
+
+
+@pytest.fixture(autouse=True)
+def served(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Block, "_fused_backend", lambda *_: "triton")
+
+
+def empty_state(block: Block, rows: int, dtype: torch.dtype = torch.float32) -> LayerState:
+    config = block.attn.config
+    recurrent = torch.zeros(rows, config.value_heads, config.head_dim, config.head_v_dim, device=DEVICE)
+    channels = 2 * config.key_dim + config.value_dim
+    return LayerState(recurrent, torch.zeros(rows, config.conv_size - 1, channels, device=DEVICE, dtype=dtype))
+
+
+def read(block: Block, x: Tensor, state: LayerState | None, cuts: list[int], cu_seqlens: Tensor | None = None) -> Tensor:
+    with torch.no_grad():
+        return torch.cat([block(piece, state, cu_seqlens) for piece in x.split(cuts, dim=1)], dim=1)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_it_is_the_modules(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    dtype = torch.bfloat16 if name == "hopper" else torch.float32
+    block, x, _, cu_seqlens = problem(name, dtype)
+    block.to(DEVICE)
+    rows = len(x) if cu_seqlens is None else len(cu_seqlens) - 1
+    x, state, wide = x.to(DEVICE, dtype), empty_state(block, rows, dtype), empty_state(block, rows)
+    got = [read(block, x, state, [x.shape[1]], cu_seqlens) for _ in range(2)]  # the second goes on from the first's state
+    without = read(block, x, None, [x.shape[1]], cu_seqlens)
+    monkeypatch.setattr(Block, "_fused_backend", lambda *_: "torch")
+    if GPU:
+        monkeypatch.setattr("gdn.model.mixer.choose_backend", lambda *_: "torch")
+    wanted = [read(block, x.float(), wide, [x.shape[1]], cu_seqlens) for _ in range(2)]
+    bound = 1e-5 if dtype == torch.float32 else 2e-2
+    for one, other in [*zip(got, wanted), *zip(state, wide), (without, wanted[0])]:
+        assert relative_error(one, other) < bound
+
+
+def test_a_row_has_the_same_bits_in_any_batch_and_cut_anywhere_on_the_grid() -> None:
+    block, _, _, _ = problem("plain", torch.float32)
+    block.to(DEVICE)
+    x = torch.randn(3, LONG, 48, generator=torch.Generator().manual_seed(3)).to(DEVICE)
+    together, alone = empty_state(block, 3), empty_state(block, 1)
+    whole = read(block, x, together, [LONG])
+    assert torch.equal(read(block, x[1:2], alone, [64, LONG - 64])[0], whole[1])
+    assert all(torch.equal(one[0], all_[1]) for one, all_ in zip(alone, together))
+
+
+def test_few_rows_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without it a library may add in another order for few rows than for many; here one that does is made up."""
+    x, weight = torch.randn(300, 40), torch.randn(24, 40)
+    real = torch.Tensor.__matmul__
+
+    def unsteady(a: Tensor, b: Tensor) -> Tensor:
+        return real(a, b) + 1e-3 * (len(a) < triton_block_inference.FULL)
+
+    monkeypatch.setattr(torch.Tensor, "__matmul__", unsteady)
+    whole = triton_block_inference.product(x, weight)
+    torch.testing.assert_close(whole, torch.nn.functional.linear(x, weight))
+    torch.testing.assert_close(triton_block_inference.product(x[:3], weight), whole[:3])
+    added = torch.randn(1, 3, 24)
+    wanted = torch.nn.functional.linear(x[:3], weight) + added
+    torch.testing.assert_close(triton_block_inference.product(x[None, :3], weight, added.clone()), wanted)
+
+
+def test_it_compiles_whole() -> None:
+    block, x, _, _ = problem("plain", torch.float32)
+    block.to(DEVICE)
+    x, state, other = x.to(DEVICE), empty_state(block, 2), empty_state(block, 2)
+    wanted = read(block, x, state, [x.shape[1]])
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        assert torch.equal(compiled(x, other), wanted)
+    assert torch.equal(other.recurrent, state.recurrent) and torch.equal(other.conv, state.conv)
