@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows a program (they set the order of sums of weights' gradients), and warps.
-FORWARD_ROWS, FORWARD_WARPS = 4, 2
-BACKWARD_ROWS, BACKWARD_WARPS = 32, 2
-GATED_FORWARD_ROWS, GATED_FORWARD_WARPS = 4, 1
-GATED_BACKWARD_ROWS, GATED_BACKWARD_WARPS = 32, 1
+# Rows a program (they set the order of sums of weights' gradients), and warps: the best of a dozen each on an H200 (docs/log.md).
+FORWARD_ROWS, FORWARD_WARPS = 1, 2
+BACKWARD_ROWS, BACKWARD_WARPS = 32, 4
+GATED_FORWARD_ROWS, GATED_FORWARD_WARPS = 1, 2
+GATED_BACKWARD_ROWS, GATED_BACKWARD_WARPS = 16, 4
 LARGEST = 8192  # elements of a row: a program holds all of it
 
 

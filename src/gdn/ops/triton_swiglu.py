@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 # Rows and columns a program, warps.
-ROWS, COLUMNS, NUM_WARPS = 8, 256, 4
+ROWS, COLUMNS, NUM_WARPS = 4, 256, 4
 
 
 def swiglu_forward(joined: Tensor) -> Tensor:
