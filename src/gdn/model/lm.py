@@ -61,8 +61,8 @@ class Block(nn.Module):
             return "torch"
         if state is not None and cu_seqlens is None and x.shape[1] == 1:
             return "torch"
-        linear = (attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj, attn.o_proj)
-        linear += (mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+        linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj, attn.o_proj]
+        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         for module in self.modules():
             # Adapters (peft), hooks of offloading (accelerate) or of somebody who looks inside: they must be called.
             if module is not self and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):

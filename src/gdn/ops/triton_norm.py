@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows a program (they set the order of sums of weights' gradients), and warps: the best of a dozen each on an H200 (docs/log.md).
+# Rows a program (they set the order of sums of weights' gradients), and warps: on an H200 the best of a dozen (docs/log.md).
 FORWARD_ROWS, FORWARD_WARPS = 1, 2
 BACKWARD_ROWS, BACKWARD_WARPS = 32, 4
 GATED_FORWARD_ROWS, GATED_FORWARD_WARPS = 1, 2
