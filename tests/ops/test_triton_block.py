@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gdn.model.config import ModelConfig
 from gdn.model.lm import Block
 from gdn.model.mixer import LayerState
-from gdn.ops import rms_norm
+from gdn.ops import linear_cross_entropy, rms_norm
 
 pytest.importorskip("triton")
 
@@ -169,6 +169,27 @@ def test_cross_entropy_in_place(V: int, monkeypatch: pytest.MonkeyPatch) -> None
     got = logits.to(DEVICE, copy=True)
     losses = cross_entropy_in_place(got, labels.to(DEVICE), -100, True)
     assert relative_error(losses.cpu(), wanted) < 1e-6 and relative_error(got.cpu(), d) < 1e-6
-    labels[0] = V
+    labels[0] = V  # out of bounds
     again = cross_entropy_in_place(logits.to(DEVICE), labels.to(DEVICE), -100, False)
     assert again[0].isnan() and torch.equal(again[1:], losses[1:])
+
+
+def test_linear_cross_entropy_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In several chunks, the last a short one; and without gradients."""
+    R, D, V = 300, 6, 11
+    monkeypatch.setattr("gdn.ops.cross_entropy._GPU_CHUNK_LOGITS", 128 * V)
+    torch.manual_seed(0)
+    leaves = [torch.randn(R, D, device=DEVICE, requires_grad=True), torch.randn(V, D, device=DEVICE, requires_grad=True)]
+    labels = torch.randint(V, (R,), device=DEVICE)
+    labels[::7] = -100
+    found = []
+    for backend, dtype in (("torch", torch.float64), ("triton", torch.float32)):
+        monkeypatch.setattr("gdn.ops.cross_entropy.backend_for", lambda _, backend=backend: backend)
+        wide = [x.detach().to(dtype).requires_grad_() for x in leaves]
+        loss = linear_cross_entropy(*wide, labels)
+        found.append([loss, *torch.autograd.grad(0.5 * loss, wide)])
+    assert max(relative_error(got, wanted) for wanted, got in zip(*found)) < 1e-6
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(*leaves, labels), found[1][0])
+    empty = linear_cross_entropy(leaves[0][:0], leaves[1], labels[:0])
+    assert empty == 0 and not torch.autograd.grad(empty, leaves[1])[0].any()
