@@ -6,7 +6,9 @@ import pytest
 import torch
 
 from gdn.errors import CheckpointError, ConfigError
+from gdn.eval import scoring
 from gdn.eval.scoring import Likelihood, Request, Scorer
+from gdn.generation.batch import ModuleStream
 from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM, init_weights
 
@@ -112,8 +114,14 @@ def plain_text(model: GatedDeltaNetLM, prompt: list[int], n: int, eos: int) -> l
     return ids[len(prompt) :]
 
 
+@pytest.mark.parametrize("streamed", [False, True], ids=["stepped", "streamed"])
 @pytest.mark.parametrize(("budget", "rows", "fixed"), [(64, 2, False), (8192, 100, False), (64, 100, True), (256, 2, True)])
-def test_generation_is_greedy_and_stops(model: GatedDeltaNetLM, budget: int, rows: int, fixed: bool) -> None:
+def test_generation_is_greedy_and_stops(
+    model: GatedDeltaNetLM, budget: int, rows: int, fixed: bool, streamed: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if streamed:  # as on a GPU, where the rows are one captured step's; here it is the modules'
+        monkeypatch.setattr(Scorer, "_decoder", lambda self: "decoder")
+        monkeypatch.setattr(scoring, "Stream", lambda decoder, state, sampling: ModuleStream(model, state, sampling))
     rng = random.Random(2)
     prompts = [draw(rng, n) for n in (1, 5, 64, 100, 7, 200, 5)]
     eos = plain_text(model, prompts[1], 3, -1)[2]  # one text at least ends early

@@ -5,18 +5,23 @@ Work is packed by tokens, sequences end to end with no padding, so that a score 
 """
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdn.errors import CheckpointError, ConfigError
+from gdn.generation.gpu_decoder import GPUDecoder, Stream
+from gdn.generation.sampling import Sampling
+from gdn.generation.weights import join_projections
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 
 TOKEN_BUDGET = {"cuda": 32768, "cpu": 2048}  # tokens of one forward pass; on CPUs what stays in the caches (docs/log.md)
 STATE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}  # of decode states held at a time; 22 MB a row at the published size
 _LOGITS = 1 << 25  # elements of one block of logits, 128 MB
+_STREAM_ROWS = 256  # texts that a GPU's captured steps write beside each other, as many as their bits are promised for
 _GRID = 64  # where a long sequence may be split without a change in the GPU kernels' bits (docs/numerics.md)
 
 
@@ -116,10 +121,19 @@ class Scorer:
         self._check(prompts)
         texts: list[list[int]] = [[] for _ in prompts]
         order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
-        for start in range(0, len(order), self.max_rows):
-            batch = order[start : start + self.max_rows]
+        decoder = self._decoder()
+        rows = self.max_rows if decoder is None else min(self.max_rows, _STREAM_ROWS)
+        for start in range(0, len(order), rows):
+            batch = order[start : start + rows]
             before = self.tokens_computed
-            self._decode([prompts[i] for i in batch], [texts[i] for i in batch], max_new_tokens, frozenset(eos_ids), stop)
+            mine, ended = [texts[i] for i in batch], partial(_ended, eos_ids=frozenset(eos_ids), stop=stop)
+            state = self.model.new_state(len(batch) + 1)
+            last = torch.cat(list(self._prefill([prompts[i] for i in batch], state)))
+            state = _rows(state, 0, len(batch))
+            if decoder is None:
+                self._decode(last, state, mine, max_new_tokens, ended)
+            else:
+                self._decode_captured(Stream(decoder, state, Sampling(temperature=0.0)), last, mine, max_new_tokens, ended)
             self.tokens_asked += self.tokens_computed - before
             if progress is not None:
                 progress(start + len(batch))
@@ -212,25 +226,29 @@ class Scorer:
             raise CheckpointError("the model's logits are nan: its weights, or what it computes from them, are not finite")
         return torch.as_tensor(log_p)
 
+    def _decoder(self) -> GPUDecoder | None:
+        """What reads single tokens with few kernels, where the model lies on a GPU and is not being trained."""
+        if self.device.type != "cuda" or any(parameter.requires_grad for parameter in self.model.parameters()):
+            return None
+        join_projections(self.model)
+        return GPUDecoder(self.model) if GPUDecoder.serves(self.model) else None
+
     def _decode(
         self,
-        prompts: list[Sequence[int]],
+        last: Tensor,
+        state: DecodeState,
         texts: list[list[int]],
         max_new_tokens: int,
-        eos_ids: frozenset[int],
-        stop: Callable[[list[int]], bool] | None,
+        ended: Callable[[list[int]], bool],
     ) -> None:
-        """Append to each text what follows its prompt."""
-        state = self.model.new_state(len(prompts) + 1)
-        last = torch.cat(list(self._prefill(prompts, state)))
-        state = _rows(state, 0, len(prompts))
-        running = list(range(len(prompts)))  # text of each row; None of them is finished but since the last select
+        """Append to each text what follows its prompt, whose last hidden state [n, hidden] and state these are."""
+        running = list(range(len(texts)))  # text of each row; None of them is finished but since the last select
         for _ in range(max_new_tokens):
             chosen = self._log_softmax(last).argmax(-1)
             for text, token in zip(running, chosen.tolist()):
-                if not _ended(texts[text], eos_ids, stop):
+                if not ended(texts[text]):
                     texts[text].append(token)
-            live = [row for row, text in enumerate(running) if not _ended(texts[text], eos_ids, stop)]
+            live = [row for row, text in enumerate(running) if not ended(texts[text])]
             if not live or len(texts[running[live[0]]]) == max_new_tokens:
                 return
             if len(live) < len(running):
@@ -239,6 +257,22 @@ class Scorer:
                 running = [running[row] for row in live]
             self.tokens_computed += len(running)
             last = self.model.model(chosen[:, None], state, None, self.model.compute_dtype)[:, -1]
+
+    def _decode_captured(
+        self, stream: Stream, last: Tensor, texts: list[list[int]], max_new_tokens: int, ended: Callable[[list[int]], bool]
+    ) -> None:
+        """The same by a stream over that state, whose rows all go on until the last text has ended."""
+        live = list(range(len(texts)))
+        logits = self.model.lm_head(last)
+        tokens = [stream.start(row, logits[row : row + 1], seed=0) for row in live]
+        for n in range(max_new_tokens):
+            for row, token in zip(live, tokens):
+                texts[row].append(token)
+            live = [row for row in live if not ended(texts[row])]
+            if not live or n + 1 == max_new_tokens:
+                return
+            self.tokens_computed += len(texts)
+            tokens = stream.next(live)
 
     def _prefill(self, prompts: list[Sequence[int]], state: DecodeState) -> Iterator[Tensor]:
         """Read prompts of falling length into the state's rows; yields the hidden states [n, hidden] of their last tokens."""
@@ -316,5 +350,5 @@ def _split(sequence: _Sequence, size: int) -> Iterator[_Sequence]:
         yield _Sequence(ids, sequence.row, wanted)  # type: ignore[arg-type]
 
 
-def _ended(text: list[int], eos_ids: frozenset[int], stop: Callable[[list[int]], bool] | None) -> bool:
+def _ended(text: list[int], *, eos_ids: frozenset[int], stop: Callable[[list[int]], bool] | None) -> bool:
     return bool(text) and (text[-1] in eos_ids or (stop is not None and stop(text)))
