@@ -218,12 +218,13 @@ def training_kernels(arch: int) -> Iterator[dict[str, Any]]:
         (norm._norm_forward, norm.FORWARD_ROWS, norm.FORWARD_WARPS),
         (norm._norm_backward, norm.BACKWARD_ROWS, norm.BACKWARD_WARPS),
     ):
-        yield compiled(arch, kernel, values, {"BLOCK": 1024, "ROWS": rows}, num_warps=warps)
+        constants = {"BLOCK": 1024, "ROWS": rows, "STAGES": norm.BACKWARD_STAGES}
+        yield compiled(arch, kernel, values, constants, num_warps=warps)
     for kernel, rows, warps in (
         (norm._gated_norm_forward, norm.GATED_FORWARD_ROWS, norm.GATED_FORWARD_WARPS),
         (norm._gated_norm_backward, norm.GATED_BACKWARD_ROWS, norm.GATED_BACKWARD_WARPS),
     ):
-        sizes = {"HV": 4, "V": 256, "BLOCK_HV": 4, "BLOCK_V": 256, "UNIT": 8}
+        sizes = {"HV": 4, "V": 256, "BLOCK_HV": 4, "BLOCK_V": 256, "UNIT": 8, "STAGES": norm.GATED_BACKWARD_STAGES}
         yield compiled(arch, kernel, values, sizes | {"ROWS": rows}, num_warps=warps)
     tile = {"ROWS": triton_swiglu.ROWS, "COLUMNS": triton_swiglu.COLUMNS}
     for kernel in (triton_swiglu._swiglu_forward, triton_swiglu._swiglu_backward):

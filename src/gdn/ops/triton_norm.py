@@ -12,11 +12,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows a program (they set the order of sums of weights' gradients), and warps: on an H200 the best of a dozen (docs/log.md).
+# Rows a program (they set the order of sums of weights' gradients), and warps: on an H200 the best of a dozen (docs/log.md);
+# rows in flight, of which only one has been timed.
 FORWARD_ROWS, FORWARD_WARPS = 1, 2
-BACKWARD_ROWS, BACKWARD_WARPS = 32, 4
+BACKWARD_ROWS, BACKWARD_WARPS, BACKWARD_STAGES = 32, 4, 1
 GATED_FORWARD_ROWS, GATED_FORWARD_WARPS = 1, 2
-GATED_BACKWARD_ROWS, GATED_BACKWARD_WARPS = 16, 4
+GATED_BACKWARD_ROWS, GATED_BACKWARD_WARPS, GATED_BACKWARD_STAGES = 16, 4, 1
 LARGEST = 8192  # elements of a row: a program holds all of it
 
 
@@ -48,7 +49,7 @@ def norm_backward(d: Tensor, x: Tensor, weight: Tensor, eps: float, d_residual: 
     if rows:
         _norm_backward[(programs,)](
             d, x, weight.contiguous(), d_residual, dx, partials, rows, D, eps,
-            BLOCK=triton.next_power_of_2(D), ROWS=BACKWARD_ROWS, num_warps=_warps(D, BACKWARD_WARPS),
+            BLOCK=triton.next_power_of_2(D), ROWS=BACKWARD_ROWS, STAGES=BACKWARD_STAGES, num_warps=_warps(D, BACKWARD_WARPS),
         )  # fmt: skip
     return dx, partials.sum(0)
 
@@ -77,7 +78,8 @@ def gated_norm_backward(
     if programs:
         _gated_norm_backward[(programs,)](
             dy, o, proj, weight.contiguous(), do, dproj, partials, B * T, *_in_units(proj.shape[-1], column), eps,
-            **_heads(HV, V), ROWS=GATED_BACKWARD_ROWS, num_warps=_warps(HV * V, GATED_BACKWARD_WARPS),
+            **_heads(HV, V), ROWS=GATED_BACKWARD_ROWS, STAGES=GATED_BACKWARD_STAGES,
+            num_warps=_warps(HV * V, GATED_BACKWARD_WARPS),
         )  # fmt: skip
     return do, partials.sum(0)
 
@@ -122,13 +124,15 @@ def _norm_forward(x, branch, weight, normed, total, total_again, rows, D, eps, B
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _norm_backward(d, x, weight, d_residual, dx, partials, rows, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _norm_backward(
+    d, x, weight, d_residual, dx, partials, rows, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr, STAGES: tl.constexpr
+):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < D
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     d_weight = tl.zeros([BLOCK], tl.float32)
     first = tl.program_id(0).to(tl.int64) * ROWS
-    for i in tl.range(0, ROWS, num_stages=1):
+    for i in tl.range(0, ROWS, num_stages=STAGES):
         place, mask = (first + i) * D + column, inside & (first + i < rows)
         value = tl.load(x + place, mask=mask, other=0.0).to(tl.float32)
         gradient = tl.load(d + place, mask=mask, other=0.0).to(tl.float32)
@@ -175,6 +179,7 @@ def _gated_norm_forward(
 def _gated_norm_backward(
     dy, o, proj, weight, do, dproj, partials, rows, stride, start, UNIT: tl.constexpr, eps,
     HV: tl.constexpr, V: tl.constexpr, BLOCK_HV: tl.constexpr, BLOCK_V: tl.constexpr, ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     head, column = tl.arange(0, BLOCK_HV)[:, None], tl.arange(0, BLOCK_V)[None, :]
     inside, own = (head < HV) & (column < V), head * V + column
@@ -182,7 +187,7 @@ def _gated_norm_backward(
     gate_column = start.to(tl.int64) * UNIT + own
     d_weight = tl.zeros([BLOCK_HV, BLOCK_V], tl.float32)
     first = tl.program_id(0).to(tl.int64) * ROWS
-    for i in tl.range(0, ROWS, num_stages=1):
+    for i in tl.range(0, ROWS, num_stages=STAGES):
         row = first + i
         mask, place = inside & (row < rows), row * (HV * V) + own
         value = tl.load(o + place, mask=mask, other=0.0).to(tl.float32)
