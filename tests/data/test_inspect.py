@@ -138,3 +138,6 @@ def test_the_command_prints_a_line_a_task(shards: TokenShards, tmp_path: Path, c
         (tmp_path / "a.jsonl").write_text("{")
         assert main(["data", "overlap", str(shards.folder), "--eval", str(folder)]) == 2
         assert message in capsys.readouterr().err
+    (tmp_path / "a.jsonl").write_bytes(b"ab\xff")
+    assert main(["data", "overlap", str(shards.folder), "--eval", str(tmp_path)]) == 2
+    assert "a.jsonl: broken UTF-8 at byte 2" in capsys.readouterr().err

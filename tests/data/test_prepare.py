@@ -16,6 +16,7 @@ import pytest
 from shards_testing import prepare_texts, write_rows
 
 import gdn.data.prepare
+from gdn.data import executors
 from gdn.data.prepare import Options, prepare, training_texts
 from gdn.data.readers import is_held_out, text_digest
 from gdn.data.shards import HELDOUT, TOKENIZER, TRAIN, Manifest, TokenShards, read_manifest, verify_shards
@@ -235,9 +236,14 @@ def test_a_call_goes_on_where_one_failed(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="the files of the source have changed since this preparation began"):
         run(source, tmp_path / "out", task_bytes=2000)
     (source / "4.jsonl").write_text(good)
+    # What is done of a file is done again where somebody has written to it since, at whatever length: here the first.
+    (source / "0.jsonl").write_text((source / "0.jsonl").read_text().replace("0 ", "Z ", 1))
+    changed = run(source, tmp_path / "changed", task_bytes=2000)
+    assert changed.splits != whole.splits
     with lock_folder(work), pytest.raises(RunError, match=f"in use by another process .pid {os.getpid()}"):
         run(source, tmp_path / "out", task_bytes=2000)
-    assert run(source, tmp_path / "out", task_bytes=2000).splits == whole.splits
+    assert run(source, tmp_path / "out", task_bytes=2000).splits == changed.splits
+    assert contents(tmp_path / "out") == contents(tmp_path / "changed")
     before = contents(tmp_path / "out")
     assert run(source, tmp_path / "out", task_bytes=2000) == read_manifest(tmp_path / "out")  # complete already
     assert contents(tmp_path / "out") == before
@@ -386,6 +392,17 @@ for number in range(int(first), int(last) + 1):
 print("Submitted batch job 7")
 sys.exit(int(failed != 0))
 """
+
+
+def test_a_task_of_many_documents_keeps_few_of_their_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_rows(tmp_path / "x.jsonl", TEXTS)
+    whole = run(tmp_path / "x.jsonl", tmp_path / "whole")
+    write, held = executors._SplitWriter._write_rows, []
+    monkeypatch.setattr(executors, "_ROWS_AT_ONCE", 7)
+    monkeypatch.setattr(executors._SplitWriter, "_write_rows", lambda self: (held.append(len(self._rows)), write(self))[1])
+    assert run(tmp_path / "x.jsonl", tmp_path / "pieces") == whole
+    assert contents(tmp_path / "pieces") == contents(tmp_path / "whole")
+    assert max(held) == 7 and sum(held) >= len(TEXTS) - 10
 
 
 @pytest.fixture

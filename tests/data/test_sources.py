@@ -126,7 +126,7 @@ def test_the_text_column_is_found(tmp_path: Path) -> None:
             pyarrow.parquet.write_table(pyarrow.table({key: [value] for key, value in rows.items()}), path)
         else:
             path.write_text(json.dumps(rows))
-        return find_text_column(find_files(str(path)).files[0])
+        return find_text_column(find_files(str(path)).files)
 
     for name in ("x.parquet", "x.jsonl"):
         assert column(name, {"id": "1", "text": "x"}) == "text"
@@ -134,6 +134,13 @@ def test_the_text_column_is_found(tmp_path: Path) -> None:
         assert column(name, {"id": "1", "content": "x"}) == "content"
         with pytest.raises(DataError, match=rf"{name}: no 'text' column; it has 'id', 'words': name one with --text-column"):
             column(name, {"id": "1", "words": "x"})
+
+
+def test_the_text_column_is_that_of_the_first_row_file(tmp_path: Path) -> None:
+    write(tmp_path / "README.md", b"about")
+    write(tmp_path / "data.jsonl", b'{"id": 1, "content": "x"}')
+    files = find_files(str(tmp_path)).files
+    assert files[0].suffix == ".md" and find_text_column(files) == "content"
 
 
 def test_sources_that_are_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -92,7 +92,8 @@ def select(streams: Sequence[Stream], work: Path, deduplicate: bool) -> tuple[li
             summary = read_task(folder)
             if summary is None:
                 break
-            masks = {split: np.ones(len(_rows(folder, split)), dtype=bool) for split in sorted(summary["splits"])}
+            # One True, seen once a document: a mask takes memory when something is left out (`_own_mask`).
+            masks = {split: np.broadcast_to(True, len(_rows(folder, split))) for split in sorted(summary["splits"])}
             candidates.append(Kept(stream, folder, masks, {split: len(mask) for split, mask in masks.items()}))
         if deduplicate:
             _mark_duplicates(kept, candidates)
@@ -126,6 +127,13 @@ def assemble(kept: Sequence[Kept], out: Path, dtype: "np.dtype[Any]") -> tuple[d
     return {split: tuple(files) for split, files in splits.items() if files}, totals
 
 
+def _own_mask(item: Kept, split: str) -> np.ndarray:
+    """The mask as an array that can be written to."""
+    if not item.masks[split].flags.writeable:
+        item.masks[split] = item.masks[split].copy()
+    return item.masks[split]
+
+
 def _rows(folder: Path, split: str) -> np.ndarray:
     path = folder / f"{split}.rows"
     return np.memmap(path, dtype=ROWS, mode="r") if path.stat().st_size else np.empty(0, dtype=ROWS)
@@ -145,7 +153,7 @@ def _up_to_limit(candidates: list[Kept], stream: Stream) -> tuple[list[Kept], in
         before = np.cumsum(np.where(mask, _lengths(item.folder, stream.counted), 0))
         enough = int(np.searchsorted(before, left))
         if enough < len(mask):
-            mask[enough + 1 :] = False
+            _own_mask(item, stream.counted)[enough + 1 :] = False
             item.ends[stream.counted] = enough + 1
         left -= int(before[min(enough, len(mask) - 1)])
     return taken, max(left, 0)
@@ -176,7 +184,7 @@ def _mark_duplicates(before: Sequence[Kept], candidates: Sequence[Kept]) -> None
         again = order[1:][(ranked[1:] == ranked[:-1]).all(axis=1)]
         for i in np.unique(owner[again]):
             item, split = parts[i]
-            item.masks[split][places[again[owner[again] == i]]] = False
+            _own_mask(item, split)[places[again[owner[again] == i]]] = False
 
 
 def _in_range(item: Kept, split: str, number: int, passes: int) -> tuple[np.ndarray, np.ndarray]:

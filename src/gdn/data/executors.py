@@ -222,6 +222,9 @@ def _encode(encoder: Encoder, batch: list[Document], counts: Counts, skip_bad: b
         return []
 
 
+_ROWS_AT_ONCE = 1 << 16  # documents whose rows are held: in Python 320 bytes each, and a task may have millions
+
+
 class _SplitWriter:
     """Appends documents to a task's file of one split."""
 
@@ -230,7 +233,8 @@ class _SplitWriter:
         self._path = folder / f"{split}.bin"
         self._itemsize = itemsize
         self._digest = hashlib.sha256()
-        self._rows: list[tuple[int, int, int, tuple[int, int]]] = []
+        self._rows: list[tuple[int, int, int, tuple[int, int]]] = []  # not yet written
+        self._documents = 0
         self._stream: BinaryIO | None = None
 
     def add(self, ids: bytes, num_bytes: int, label: int, digest: bytes) -> None:
@@ -242,12 +246,20 @@ class _SplitWriter:
         halves = int.from_bytes(digest[:8], "little"), int.from_bytes(digest[8:], "little")
         self._rows.append((self.tokens, num_bytes, label, halves))
         self.tokens += len(ids) // self._itemsize
+        if len(self._rows) == _ROWS_AT_ONCE:
+            self._write_rows()
+
+    def _write_rows(self) -> None:
+        with self._path.with_suffix(".rows").open("ab") as stream:
+            stream.write(np.array(self._rows, dtype=ROWS).tobytes())
+        self._documents += len(self._rows)
+        self._rows.clear()
 
     def close(self) -> dict[str, Any]:
         assert self._stream is not None
         self._stream.close()
-        np.array(self._rows, dtype=ROWS).tofile(self._path.with_suffix(".rows"))
-        return {"tokens": self.tokens, "documents": len(self._rows), "sha256": self._digest.hexdigest()}
+        self._write_rows()
+        return {"tokens": self.tokens, "documents": self._documents, "sha256": self._digest.hexdigest()}
 
 
 @functools.lru_cache(maxsize=1)

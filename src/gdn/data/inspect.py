@@ -135,7 +135,10 @@ class _NgramHasher:
 
 def _rows(path: Path) -> Iterator[list[str]]:
     """The strings of each row; a text file is one row."""
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: broken UTF-8 at byte {error.start}") from None
     if path.suffix != ".jsonl":
         yield [text]
         return

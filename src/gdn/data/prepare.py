@@ -39,7 +39,7 @@ from gdn.data.shards import (
     read_manifest,
     write_manifest,
 )
-from gdn.data.sources import TASK_BYTES, Source, Stream, find_files, group, write_streams
+from gdn.data.sources import TASK_BYTES, Piece, Source, Stream, find_files, group, write_streams
 from gdn.data.tokenizer import Tokenizer
 from gdn.errors import DataError
 from gdn.files import lock_folder, publish_folder, remove_partials, write_text
@@ -105,7 +105,7 @@ def training_texts(sources: Sequence[Source], options: Options, max_bytes: int =
         found = find_files(source.spec).files
         own = any(file.split == HELDOUT for file in found)
         share = options.holdout if options.holdout is not None else (0.0 if own else _HOLDOUT)
-        column, left = options.text_column or find_text_column(found[0]), max_bytes
+        column, left = options.text_column or find_text_column(found), max_bytes
         for item in (item for file in found if file.split != HELDOUT for item in read_piece(file, column)):
             if left <= 0:
                 break
@@ -218,7 +218,7 @@ def _plan(sources: Sequence[Source], options: Options, work: Path, decided: dict
     for i, source in enumerate(sources):
         found = find_files(source.spec, revision=before["revisions"][i] if before is not None else "")
         revisions.append(found.revision)
-        columns.append(options.text_column or find_text_column(found.files[0]))
+        columns.append(options.text_column or find_text_column(found.files))
         layouts.append({split: [file for file in found.files if file.split == split] for split in (None, TRAIN, HELDOUT)})
     own = any(layout[HELDOUT] for layout in layouts)
     holdout = options.holdout if options.holdout is not None else (0.0 if own else _HOLDOUT)
@@ -242,10 +242,28 @@ def _plan(sources: Sequence[Source], options: Options, work: Path, decided: dict
         "streams": [stream.__dict__ for stream in streams],
     }
     text = json.dumps(plan)
-    if before is not None and json.loads(text) != before:
-        raise DataError(f"{work}: the files of the source have changed since this preparation began; delete that folder")
+    if before is not None:
+        if _without_versions(json.loads(text)) != _without_versions(before):
+            raise DataError(f"{work}: the files of the source have changed since this preparation began; delete that folder")
+        _forget_changed(work, before["streams"], json.loads(text)["streams"])
     write_text(path, text)
     return plan
+
+
+def _without_versions(plan: dict[str, Any]) -> dict[str, Any]:
+    fields = Piece._fields.index("version")
+    streams = [
+        stream | {"tasks": [[piece[:fields] for piece in task] for task in stream["tasks"]]} for stream in plan["streams"]
+    ]
+    return plan | {"streams": streams}
+
+
+def _forget_changed(work: Path, before: list[dict[str, Any]], now: list[dict[str, Any]]) -> None:
+    """Remove what was made of files that have been written to since: those tasks are done again."""
+    for old, new in zip(before, now):
+        for i, (then, task) in enumerate(zip(old["tasks"], new["tasks"])):
+            if then != task:
+                shutil.rmtree(task_folder(work, new["first_task"] + i), ignore_errors=True)
 
 
 def _same_options(where: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:

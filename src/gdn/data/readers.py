@@ -8,7 +8,7 @@ import gzip
 import hashlib
 import json
 import zlib
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -67,7 +67,7 @@ def read_documents(
     Raises DataError at a bad file or row, unless it is skipped and counted, and for a source without any text.
     """
     files = find_files(spec, suffixes=suffixes, exclude=exclude).files
-    column = text_column or find_text_column(files[0])
+    column = text_column or find_text_column(files)
     stats = ReadStats() if stats is None else stats
     for item in (item for file in files for item in read_piece(file, column)):
         if isinstance(item, DataError):
@@ -130,12 +130,13 @@ def where(piece: Piece, row: int) -> str:
     return f"{piece.url}: row {row} (line {row + 1})" if ".jsonl" in piece.suffix else f"{piece.url}: row {row}"
 
 
-def find_text_column(file: Piece) -> str:
-    """The column of a row file that holds the text: `text`, the only one of strings, or one of the usual names.
+def find_text_column(files: Sequence[Piece]) -> str:
+    """The column of the first row file that holds the text: `text`, the only one of strings, or one of the usual names.
 
-    Raises DataError, naming the columns, where that is undecided; a file of another kind, or a broken one, gets "text".
+    Raises DataError, naming the columns, where that is undecided; no row file at all, or a broken one, gets "text".
     """
-    if file.suffix not in ROW_SUFFIXES:
+    file = next((file for file in files if file.suffix in ROW_SUFFIXES), None)
+    if file is None:
         return "text"
     strings, names = _string_columns(file)
     if "text" in names or not strings:

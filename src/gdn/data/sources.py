@@ -47,6 +47,7 @@ class Piece(NamedTuple):
     start: int  # first byte of plain jsonl (a row belongs to the piece its first byte is in), first row group of parquet
     stop: int  # where the piece ends; -1: with the file
     size: int  # bytes on disk
+    version: str = ""  # of the file's content, as its file system tells it: time of change, ETag or the like
 
 
 class Found(NamedTuple):
@@ -88,12 +89,17 @@ def find_files(spec: str, *, suffixes: Collection[str] = SUFFIXES, exclude: Coll
         is_file = info["type"] == "file" or fs.isfile(path)  # a link to one, as in the Hub's cache
         if is_file and (not suffixes or (suffix in suffixes and not hidden)):
             where = path if fs.protocol[0] == "file" else fs.unstrip_protocol(path)
-            files.append(Piece(where, name, suffix, None, 0, -1, info["size"] or 0))
+            files.append(Piece(where, name, suffix, None, 0, -1, info["size"] or 0, _version(info)))
     if not files:
         raise DataError(f"{spec}: no readable file; expected one of {', '.join(sorted(suffixes))}")
     if revision and any(file.suffix in ROW_SUFFIXES for file in files):  # README.md is a dataset's card, not of its text
         files = [file for file in files if file.suffix in ROW_SUFFIXES]
     return Found(_with_splits(sorted(files, key=lambda file: file.name)), revision)
+
+
+def _version(info: dict[str, Any]) -> str:
+    names = ("ETag", "etag", "mtime", "last_modified", "LastModified", "generation", "md5Hash")
+    return next((str(info[name]) for name in names if info.get(name)), "")
 
 
 def _absence(fs: Any, root: str) -> str:
