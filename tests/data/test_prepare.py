@@ -199,7 +199,7 @@ def test_the_holdout_never_moves(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl", ".parquet", ".txt"])
-def test_neither_workers_nor_executors_change_a_byte(tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_the_number_of_workers_changes_no_byte(tmp_path: Path, suffix: str, capfd: pytest.CaptureFixture[str]) -> None:
     source = tmp_path / "source"
     source.mkdir()
     for i in range(6):

@@ -1,4 +1,4 @@
-"""Rows of sequences, token by token, on a GPU: five kernels a layer for few rows and seven for more, one of them the state's,
+"""Rows of sequences, token by token, on a GPU: seven or eight kernels a layer, by the number of rows, one of them the state's,
 chained so that each has its weights at hand when it begins; and all of a token with its draw as one CUDA graph.
 
 The residual stream is float32; what one product leaves for the next to add is float32 too. Which kernels run hangs on the
@@ -186,8 +186,7 @@ class Stream:
         with torch.cuda.stream(side):
             self._step()
         torch.cuda.current_stream().wait_stream(side)
-        for name in ("recurrent", "conv", "position"):
-            getattr(self._state, name).copy_(getattr(kept, name))
+        self._state.copy_(kept)
         self._result.copy_(result)
         self._graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(self._graph):
