@@ -1,6 +1,6 @@
 """Data: tokenising beside `tokenizers`, the batch of a random step of a 15-billion-token manifest, and memory.
 
-    python benchmarks/data.py tokenize SOURCE TOKENIZER     # both paths in one process, in turn; then `gdn prepare` end to end
+    python benchmarks/data.py tokenize SOURCE TOKENIZER     # in turn: encode_batch, our encoder, `gdn prepare` end to end
     python benchmarks/data.py batch                         # sparse files of 150 shards in a temporary folder
     python benchmarks/data.py memory TOKENIZER [--engine E] # peak of `gdn prepare` with one document of 50 MB among others
 
@@ -15,6 +15,7 @@ import os
 import platform
 import random
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -37,7 +39,8 @@ def main() -> None:
     add = commands.add_parser("tokenize")
     add.add_argument("source", type=Path)
     add.add_argument("tokenizer", type=Path)
-    add.add_argument("--documents", type=int, default=600, help="of the comparison in one process")
+    add.add_argument("--documents", type=int, default=600, help="(default: %(default)s)")
+    add.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     add.add_argument("--engines", default="tokenizers", help="end to end: some of tokenizers,gigatoken")
     add.add_argument("--plain", action="store_true", help="the path of tokenizers that have no cut into words")
     add.set_defaults(run=tokenize)
@@ -71,7 +74,12 @@ def _without_words(tokenizer: Path, folder: Path) -> Path:
 
 
 def tokenize(args: argparse.Namespace) -> dict[str, Any]:
-    """Tokens a second of `encode_batch` in batches of 100 and 1,000, of our encoder on two threads' cores, and end to end."""
+    """`encode_batch` by 100 and by 1,000 documents, our encoder in two processes, and `gdn prepare`: the same texts, in turn.
+
+    End to end is zst files of those texts to a published folder, with two workers: decompression, JSON, hashes, writing and
+    checksums. Start-up is what the same takes with two tasks of a word; it is taken off. Ratios are of each one's best round
+    to the better encode_batch's best, and the median of those within a round.
+    """
     from gdn.data.readers import read_documents
     from gdn.data.tokenizer import load_tokenizer
 
@@ -85,8 +93,10 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any]:
         batches = (texts[i : i + size] for i in range(0, len(texts), size))
         return [encoding.ids for batch in batches for encoding in inner.encode_batch(batch, add_special_tokens=False)]
 
-    with multiprocessing.get_context("spawn").Pool(2, _start, (str(args.tokenizer),)) as pool:
-        pool.map(_encode, [["warm up " * 100]] * 2)
+    with tempfile.TemporaryDirectory() as name, _pool(args.tokenizer) as pool:
+        folder = Path(name)
+        _write_zst(folder / "texts", texts, files=16)
+        _write_zst(folder / "words", ["one", "two"], files=2)
 
         def ours() -> list[list[int]]:
             # What two workers of `gdn prepare` do: each takes half of the documents, and nothing is known to either before.
@@ -94,53 +104,68 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any]:
             parts = [texts[i : i + 50] for i in range(0, len(texts), 50)]
             return [np.frombuffer(ids, "<u2").tolist() for part in pool.map(_encode, parts, chunksize=1) for ids in part]
 
+        def end_to_end(engine: str) -> float:
+            startup = _prepare(folder / "words", args.tokenizer, folder / "out", engine, 4)
+            return _prepare(folder / "texts", args.tokenizer, folder / "out", engine, tokens + len(texts)) - startup
+
         wanted = plain(100)
         assert ours() == wanted, "ids differ"
         tokens = sum(map(len, wanted))
-        rounds: dict[str, list[float]] = {"encode_batch 100": [], "encode_batch 1000": [], "gdn": []}
-        for _ in range(3):
-            for name, call in (
-                ("encode_batch 100", lambda: plain(100)),
-                ("encode_batch 1000", lambda: plain(1000)),
-                ("gdn", ours),
-            ):
-                rounds[name].append(tokens / _seconds(call))
-    speeds = {name: statistics.median(values) for name, values in rounds.items()}
-    best = max(speeds["encode_batch 100"], speeds["encode_batch 1000"])
+        calls: dict[str, Callable[[], float]] = {
+            "encode_batch 100": lambda: _seconds(lambda: plain(100)),
+            "encode_batch 1000": lambda: _seconds(lambda: plain(1000)),
+            "gdn": lambda: _seconds(ours),
+        }
+        for engine in args.engines.split(","):
+            calls[f"end to end, {engine}"] = lambda engine=engine: end_to_end(engine)  # type: ignore[misc]
+        seconds: dict[str, list[float]] = {name: [] for name in calls}
+        for _ in range(args.rounds):
+            for name, call in calls.items():
+                seconds[name].append(call())
+    both = ("encode_batch 100", "encode_batch 1000")
+    better = min(both, key=lambda name: min(seconds[name]))
+    by_round = {name: [base / own for base, own in zip(seconds[better], seconds[name])] for name in calls if name not in both}
     return {
         "documents": len(texts),
         "tokens": tokens,
-        "tokens_per_second": speeds,
-        "ratio": speeds["gdn"] / best,
-        "end_to_end": {engine: _end_to_end(args, best, engine) for engine in args.engines.split(",")},
+        "load": os.getloadavg(),
+        "seconds": seconds,
+        "tokens_per_second, best": {name: tokens / min(times) for name, times in seconds.items()},
+        f"ratio to {better}, best to best": {name: min(seconds[better]) / min(seconds[name]) for name in by_round},
+        f"ratio to {better}, median of rounds": {name: statistics.median(values) for name, values in by_round.items()},
     }
 
 
-def _end_to_end(args: argparse.Namespace, best: float, engine: Any) -> dict[str, Any]:
-    """`gdn prepare` with two workers over the whole source: decompression, writing and checksums.
-
-    Start-up is what the same takes with two tasks of one word; it is given, and the second ratio is without it.
-    """
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "words").mkdir()
-        for word in ("one", "two"):
-            (folder / "words" / f"{word}.jsonl").write_text(json.dumps({"text": word, "left out": " " * (1 << 20)}) + "\n")
-        _, startup = _prepare(folder / "words", args.tokenizer, folder / "first", engine)
-        tokens, seconds = _prepare(args.source, args.tokenizer, folder / "out", engine)
-    speed = tokens / (seconds - startup)
-    row = {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "ratio": tokens / seconds / best}
-    return row | {"start-up, s": startup, "ratio without start-up": speed / best}
+@contextmanager
+def _pool(tokenizer: Path) -> Iterator[Any]:
+    with multiprocessing.get_context("spawn").Pool(2, _start, (str(tokenizer),)) as pool:
+        pool.map(_encode, [["warm up " * 100]] * 2)
+        yield pool
 
 
-def _prepare(source: Path, tokenizer: Path, out: Path, engine: Any) -> tuple[int, float]:
+def _write_zst(folder: Path, texts: list[str], files: int) -> None:
+    import zstandard
+
+    folder.mkdir()
+    for number in range(files):
+        rows = "".join(json.dumps({"text": text}) + "\n" for text in texts[number::files])
+        rows += json.dumps({"text": " ", "left out": " " * (1 << 20)}) + "\n"  # so that each is a task, words too
+        (folder / f"{number:02d}.jsonl.zst").write_bytes(zstandard.ZstdCompressor().compress(rows.encode()))
+
+
+def _prepare(source: Path, tokenizer: Path, out: Path, engine: Any, tokens: int) -> float:
+    """Seconds of `prepare`, which must find so many tokens, each document's BOS with them."""
     from gdn.data.prepare import Options, prepare
     from gdn.data.sources import Source
     from gdn.data.tokenizer import load_tokenizer
 
+    options = Options(workers=2, engine=engine, holdout=0.0)
     began = time.monotonic()
-    manifest = prepare([Source(str(source))], load_tokenizer(tokenizer), out, Options(workers=2, engine=engine))
-    return sum(manifest.num_tokens(split) for split in manifest.splits), time.monotonic() - began
+    manifest = prepare([Source(str(source))], load_tokenizer(tokenizer), out, options)
+    seconds = time.monotonic() - began
+    assert manifest.num_tokens("train") == tokens, (manifest.num_tokens("train"), tokens)
+    shutil.rmtree(out)
+    return seconds
 
 
 def batch(args: argparse.Namespace) -> dict[str, Any]:

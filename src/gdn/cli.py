@@ -90,7 +90,7 @@ def _parser() -> argparse.ArgumentParser:
 
     add = commands.add_parser("data", help="token shards: check, show, overlap")
     data = add.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    add = data.add_parser("check", help="verify every checksum of a folder of shards")
+    add = data.add_parser("check", help="verify every checksum and count of a folder of shards")
     add.add_argument("folder", type=Path)
     add.set_defaults(command=_data_check)
     add = data.add_parser("show", help="the text of the windows that a step trains on")
@@ -205,6 +205,8 @@ def _prepare(args: argparse.Namespace) -> int:
         )
     if manifest.duplicates:
         print(f"left out: {manifest.duplicates} exact copies")
+    if manifest.options.get("blank"):
+        print(f"left out: {manifest.options['blank']} files or rows without text, the first: {manifest.options['first_blank']}")
     if manifest.skipped:
         first = manifest.options["first_skipped"]
         print(f"left out: {manifest.skipped} bad files or rows, {manifest.skipped_share:.2%} of all, the first: {first}")
@@ -223,12 +225,15 @@ def _numbers(text: str, kind: type, option: str) -> list[Any]:
 
 
 def _data_check(args: argparse.Namespace) -> int:
-    from gdn.data.shards import verify_shards
+    from gdn.data.check import check_folder
 
-    manifest = verify_shards(args.folder)
+    def progress(name: str) -> None:
+        print(f"\r{name}\033[K", end="", file=sys.stderr, flush=True)
+
+    manifest = check_folder(args.folder, progress if sys.stderr.isatty() and not args.quiet else None)
     files = sum(len(files) for files in manifest.splits.values())
     tokens = sum(manifest.num_tokens(split) for split in manifest.splits)
-    print(f"{args.folder}: {files} shards, {tokens:,} tokens, all checksums right")
+    print(f"{args.folder}: {files} shards, {tokens:,} tokens, all checksums and counts right")
     return 0
 
 

@@ -19,10 +19,11 @@ from rich.table import Table
 
 import gdn
 from gdn import config as toml
+from gdn.data.documents import Document
 from gdn.data.holdout import choose_holdout, cut_document
 from gdn.data.prepare import Options as PrepareOptions
 from gdn.data.prepare import prepare
-from gdn.data.readers import Document, ReadStats, is_row_file, read_documents
+from gdn.data.readers import ReadStats, is_row_file, read_documents
 from gdn.data.shards import HELDOUT, MANIFEST, TOKENIZER, TRAIN, read_manifest
 from gdn.data.sources import SUFFIXES, TEXT_SUFFIXES, Source
 from gdn.data.tokenizer import Tokenizer, load_tokenizer, train_bpe

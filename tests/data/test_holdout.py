@@ -2,8 +2,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gdn.data.documents import Document
 from gdn.data.holdout import choose_holdout, cut_document, document_group
-from gdn.data.readers import Document
 from gdn.errors import DataError
 
 

@@ -16,9 +16,10 @@ import pytest
 from shards_testing import prepare_texts, write_rows
 
 import gdn.data.prepare
+from gdn.cli import main
 from gdn.data import executors
+from gdn.data.documents import is_held_out, text_digest
 from gdn.data.prepare import Options, prepare, training_texts
-from gdn.data.readers import is_held_out, text_digest
 from gdn.data.shards import HELDOUT, TOKENIZER, TRAIN, Manifest, TokenShards, read_manifest, verify_shards
 from gdn.data.sources import Source
 from gdn.data.tokenizer import END_OF_TEXT, Tokenizer, load_tokenizer, train_bpe
@@ -279,6 +280,27 @@ def test_bad_input_is_a_line_or_counted(tmp_path: Path, name: str, data: Any, me
     assert tokens(tmp_path / "out") == ids([*TEXTS, *good])
     assert manifest.skipped == 1 and manifest.skipped_share == pytest.approx(1 / (len(TEXTS) + len(good) + 1))
     assert caught.value.args[0] == manifest.options["first_skipped"]
+
+
+def test_files_and_rows_without_text_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = tmp_path / "source"
+    write_rows(source / "a.jsonl", ["good", " \n", "too"])
+    for name, text in (("b/__init__.py", ""), ("c.txt", "\t"), ("d.txt", "text")):
+        (source / name).parent.mkdir(exist_ok=True)
+        (source / name).write_text(text)
+    WORDS.save(tmp_path / "tokenizer")
+    for workers in ("1", "2"):
+        out = tmp_path / f"out{workers}"
+        command = ["prepare", str(source), "--tokenizer", str(tmp_path / "tokenizer"), "--out", str(out), "--holdout", "0"]
+        assert main([*command, "--workers", workers]) == 0
+        line = f"left out: 3 files or rows without text, the first: {source}/a.jsonl: row 1 (line 2)"
+        assert capsys.readouterr().out.splitlines()[1:] == [line]
+        assert tokens(out) == ids(["good", "too", "text"])
+        assert read_manifest(out).options["blank"] == 3 and read_manifest(out).skipped == 0
+    for name in ("a.jsonl", "d.txt"):
+        (source / name).unlink()
+    with pytest.raises(DataError, match=r"source: empty: no text to train on; 2 without text, the first: .*b/__init__\.py"):
+        run(source, tmp_path / "none")
 
 
 def test_what_was_skipped_on_request_is_an_error_without(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -41,6 +41,7 @@ class Totals(NamedTuple):
     bad: int
     first_bad: str
     blank: int
+    first_blank: str
 
 
 def task_folder(work: Path, task: int) -> Path:
@@ -108,12 +109,12 @@ def assemble(kept: Sequence[Kept], out: Path, dtype: "np.dtype[Any]") -> tuple[d
     splits: dict[str, list[ShardFile]] = {TRAIN: [], HELDOUT: []}
     source_tokens: dict[str, Counter[str]] = {TRAIN: Counter(), HELDOUT: Counter()}
     duplicates = documents = bad = blank = 0
-    first_bad = ""
+    first_bad = first_blank = ""
     for item in sorted(kept, key=lambda item: item.stream.source):  # a source's shards lie together
         summary = read_task(item.folder)
         assert summary is not None
         bad, blank = bad + summary["bad"], blank + summary["blank"]
-        first_bad = first_bad or summary["first_bad"]
+        first_bad, first_blank = first_bad or summary["first_bad"], first_blank or summary["first_blank"]
         documents += summary["documents"]
         for split, mask in item.masks.items():
             duplicates += item.ends[split] - int(mask.sum())
@@ -123,7 +124,8 @@ def assemble(kept: Sequence[Kept], out: Path, dtype: "np.dtype[Any]") -> tuple[d
                 splits[split].append(shard)
                 for label, count in zip(summary["labels"], tokens.tolist()):
                     source_tokens[split][label] += count
-    totals = Totals({split: +counts for split, counts in source_tokens.items()}, duplicates, documents, bad, first_bad, blank)
+    tokens_by_label = {split: +counts for split, counts in source_tokens.items()}
+    totals = Totals(tokens_by_label, duplicates, documents, bad, first_bad, blank, first_blank)
     return {split: tuple(files) for split, files in splits.items() if files}, totals
 
 

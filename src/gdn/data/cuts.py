@@ -9,6 +9,8 @@ import unicodedata
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 SPACE = "\u2581"  # what sentencepiece writes for a space
 _BYTE = re.compile(r"<0x[0-9A-F]{2}>")
 
@@ -60,16 +62,49 @@ def _mark_spaces(text: str, first: bool) -> str:
     return (SPACE if first else "") + text.replace(" ", SPACE)
 
 
+def _knows_all_bytes(model: dict[str, Any]) -> bool:
+    return bool(model.get("byte_fallback")) and all(f"<0x{byte:02X}>" in model["vocab"] for byte in range(256))
+
+
 def _words_are_apart(model: dict[str, Any]) -> bool:
-    vocabulary = model["vocab"]
-    known = model.get("byte_fallback") and all(f"<0x{byte:02X}>" in vocabulary for byte in range(256))
-    if not known and (model.get("fuse_unk") or not model.get("unk_token")):
+    if not _knows_all_bytes(model) and (model.get("fuse_unk") or not model.get("unk_token")):
         return False
     crossing = re.compile(f"[^{SPACE}]{SPACE}|.\n|\n.", re.DOTALL)
     for left, right in _merges(model):
         if crossing.search(left + right) or _BYTE.fullmatch(left) or _BYTE.fullmatch(right):
             return False
     return True
+
+
+class ByteLengths(NamedTuple):
+    """Bounds of the UTF-8 bytes of texts by their ids: the sum over a table, less what each document begins with."""
+
+    tables: tuple[np.ndarray, np.ndarray]  # int64 [vocab_size]: the least and the most that an id stands for
+    begins: tuple[int, int]
+
+
+def byte_lengths(definition: dict[str, Any], vocab_size: int) -> ByteLengths | None:
+    """Of this tokenizer.json; None where ids do not tell: a normalizer, or unknown characters, may have changed the text.
+
+    Byte level: a character of an entry is a byte. Sentencepiece's form: its mark of a space may be one of the text, too.
+    """
+    model, normalizer = definition["model"], definition.get("normalizer")
+    splitters = _steps(definition.get("pre_tokenizer"), "pretokenizers")
+    if model["type"] != "BPE" or not all(token["special"] for token in definition.get("added_tokens") or []):
+        return None
+    byte_level = bool(splitters) and splitters[-1]["type"] == "ByteLevel" and not splitters[-1]["add_prefix_space"]
+    keeps_all = all(step["type"] == "Digits" or step.get("behavior") == "Isolated" for step in splitters[:-1])
+    if byte_level and keeps_all and normalizer is None:
+        begins = (0, 0)
+    elif not splitters and normalizer == _SENTENCEPIECE and _knows_all_bytes(model):
+        begins = (1, 3)
+    else:
+        return None
+    least, most = np.zeros(vocab_size, dtype=np.int64), np.zeros(vocab_size, dtype=np.int64)
+    for entry, number in model["vocab"].items():
+        most[number] = len(entry) if byte_level else 1 if _BYTE.fullmatch(entry) else len(entry.encode())
+        least[number] = most[number] - entry.count(SPACE) * (begins[1] - begins[0])
+    return ByteLengths((least, most), begins)
 
 
 def piece_ends(text: str, start: int) -> Iterator[int]:

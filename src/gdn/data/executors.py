@@ -25,8 +25,9 @@ from datatrove.pipeline.base import PipelineStep
 from datatrove.utils.logging import logger as datatrove_logger
 
 from gdn.data.assemble import ROWS, TASK, missing_tasks, read_task, task_folder, task_tokens
+from gdn.data.documents import is_blank, is_held_out, text_digest
 from gdn.data.encoding import Encoder, Engine, make_encoder
-from gdn.data.readers import PieceReader, is_blank, is_held_out, text_digest, where
+from gdn.data.readers import PieceReader, where
 from gdn.data.shards import HELDOUT, TOKENIZER, TRAIN
 from gdn.data.sources import Stream
 from gdn.data.tokenizer import load_tokenizer
@@ -181,6 +182,7 @@ class Counts:
 
     documents: int = 0  # with text
     blank: int = 0
+    first_blank: str = ""
     bad: int = 0
     first_bad: str = ""
 
@@ -198,6 +200,7 @@ def _batches(data: Iterable[Document], counts: Counts) -> Iterator[list[Document
             counts.skip(document.metadata["bad"])
         elif is_blank(document.text):
             counts.blank += 1
+            counts.first_blank = counts.first_blank or where(document.metadata["piece"], document.metadata["row"])
         else:
             counts.documents += 1
             batch.append(document)

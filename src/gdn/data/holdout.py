@@ -8,7 +8,8 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple
 
-from gdn.data.readers import Document, is_row_file
+from gdn.data.documents import Document
+from gdn.data.readers import is_row_file
 from gdn.data.shards import HELDOUT, TRAIN
 from gdn.errors import DataError
 

@@ -22,10 +22,11 @@ import numpy as np
 import tokenizers
 
 import gdn
-from gdn.data.assemble import assemble, missing_tasks, read_task, select, task_folder, task_tokens
+from gdn.data.assemble import Totals, assemble, missing_tasks, read_task, select, task_folder, task_tokens
+from gdn.data.documents import is_held_out, text_digest
 from gdn.data.encoding import Engine
 from gdn.data.executors import run_tasks
-from gdn.data.readers import find_text_column, is_held_out, read_piece, text_digest
+from gdn.data.readers import find_text_column, read_piece
 from gdn.data.shards import (
     DTYPES,
     FORMAT_VERSION,
@@ -138,7 +139,7 @@ def _run(
     targets = [stream.limit for stream in streams]
     while True:
         with _watched(streams, work, progress):
-            run_tasks(work, streams, targets, columns, DTYPES[dtype], plan["holdout"], options)
+            run_tasks(work, streams, targets, columns, DTYPES[dtype], plan["holdout_share"], options)
         kept, lacking = select(streams, work, options.deduplicate)
         short = [i for i, left in lacking.items() if left and missing_tasks(streams[i], work, None)]
         if not short:
@@ -150,7 +151,8 @@ def _run(
         if TRAIN not in splits:
             shutil.rmtree(work / "tasks")  # there is nothing in them to go on with
             bad = f"; {totals.bad} bad files or rows skipped, the first: {totals.first_bad}" if totals.bad else ""
-            raise DataError(f"{', '.join(source.spec for source in sources)}: empty: no text to train on{bad}")
+            blank = f"; {totals.blank} without text, the first: {totals.first_blank}" if totals.blank else ""
+            raise DataError(f"{', '.join(source.spec for source in sources)}: empty: no text to train on{bad}{blank}")
         if totals.bad and not options.skip_bad:  # an earlier call skipped it
             raise DataError(totals.first_bad)
         manifest = Manifest(
@@ -167,7 +169,7 @@ def _run(
             duplicates=totals.duplicates,
             skipped=totals.bad,
             skipped_share=totals.bad / max(totals.bad + totals.documents, 1),
-            options=decided | {"text_columns": columns, "holdout_share": plan["holdout"], "first_skipped": totals.first_bad},
+            options=decided | {key: plan[key] for key in ("text_columns", "own_splits", "holdout_share")} | _left_out(totals),
             sources=tuple(
                 SourceRecord(source.name or source.spec, revision, source.weight)
                 for source, revision in zip(sources, plan["revisions"])
@@ -177,6 +179,10 @@ def _run(
         tokenizer.save(folder / TOKENIZER)
         write_manifest(manifest, folder)
     return manifest
+
+
+def _left_out(totals: Totals) -> dict[str, Any]:
+    return {"first_skipped": totals.first_bad, "blank": totals.blank, "first_blank": totals.first_blank}
 
 
 def _check(sources: Sequence[Source], options: Options) -> None:
@@ -238,7 +244,8 @@ def _plan(sources: Sequence[Source], options: Options, work: Path, decided: dict
         "decided": decided,
         "revisions": revisions,
         "text_columns": columns,
-        "holdout": holdout,
+        "own_splits": [not layout[None] for layout in layouts],
+        "holdout_share": holdout,
         "streams": [stream.__dict__ for stream in streams],
     }
     text = json.dumps(plan)

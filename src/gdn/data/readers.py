@@ -5,18 +5,18 @@ a broken file or row is one DataError that names it; a caller who skips it count
 """
 
 import gzip
-import hashlib
 import json
 import zlib
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO, NamedTuple
+from typing import Any, BinaryIO
 
 import datatrove.data
 from datatrove.pipeline.readers.base import BaseReader
 from datatrove.utils.logging import logger as datatrove_logger
 
+from gdn.data.documents import Document, is_blank
 from gdn.data.sources import (
     INSTALL,
     ROW_SUFFIXES,
@@ -32,15 +32,6 @@ from gdn.errors import DataError
 
 _CHUNK = 1 << 18
 _COLUMNS = ("text", "content", "raw_content", "body", "document", "article")
-
-
-class Document(NamedTuple):
-    """One text, and where it came from."""
-
-    text: str
-    path: str  # of its file, relative to the source's root, with forward slashes
-    row: int  # in its file, counted from 0; 0 for a file that is one document
-    source: str  # label: `meta.redpajama_set_name` where the row has it, else ""
 
 
 @dataclass
@@ -105,21 +96,6 @@ def read_piece(piece: Piece, text_column: str) -> Iterator[Document | DataError]
                 yield _read_text(stream, piece)
     except remote_errors() as error:
         raise DataError(f"{piece.url}: cannot be read: {one_line(error)}") from None
-
-
-def is_blank(text: str) -> bool:
-    """Whether there is nothing but white space in it, which is left out without being an error."""
-    return not text or text.isspace()
-
-
-def text_digest(text: str) -> bytes:
-    """128 bits that stand for the text: the same text is the same document, wherever it lies."""
-    return hashlib.blake2b(text.encode("utf-8"), digest_size=16).digest()
-
-
-def is_held_out(digest: bytes, share: float) -> bool:
-    """Whether a document of this digest is among the `share` that is held out, whatever else is there."""
-    return int.from_bytes(digest[:8], "little") < share * 2**64
 
 
 def where(piece: Piece, row: int) -> str:
