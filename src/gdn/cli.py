@@ -250,6 +250,8 @@ def _data_show(args: argparse.Namespace) -> int:
     sizes = (run.data.seq_len, 1, run.data.global_batch_size, run.train.seed) if run else (2048, 1, 256, 42)
     if args.step is not None and args.step < 0:
         raise DataError(f"--step {args.step}; expected 0 or more")
+    if run is None and not args.quiet:
+        print("no --recipe: taken for the published run's: seq_len 2048, global_batch_size 256, seed 42", file=sys.stderr)
     loader = Loader(TokenShards.open(args.folder, TRAIN), *sizes)
     if args.dump is not None:
         windows = dumped_windows(args.dump)

@@ -63,7 +63,8 @@ def test_the_command_shows_a_step_and_named_windows(
     command = ["data", "show", str(shards.folder)]
     known = ["--recipe", str(recipe)]
     assert main([*command, *known, "--step", "5"]) == 0
-    by_step = capsys.readouterr().out
+    by_step, notes = capsys.readouterr()
+    assert notes == ""
     windows = Loader(shards, T, 2, 8, seed=3).windows(5).tolist()
     assert [int(line.split()[2].strip(":")) for line in by_step.splitlines() if line.startswith("===")] == windows
     assert main([*command, *known, "--windows", ",".join(map(str, windows))]) == 0
@@ -72,6 +73,8 @@ def test_the_command_shows_a_step_and_named_windows(
     dump.write_text(json.dumps({"step": 6, "windows": windows, "loss": "nan", "grad_norm": 1.0}) + "\n")
     assert main([*command, "--dump", str(dump)]) == 0
     assert capsys.readouterr().out == by_step
+    assert main([*command, "--step", "5"]) == 0
+    assert capsys.readouterr().err.startswith("no --recipe: taken for the published run's: seq_len 2048, global_batch_size 256")
     assert main([*command, "--step", "5", *known, "train.seed=4"]) == 0
     assert capsys.readouterr().out != by_step
     other, away = tmp_path / "other.json", tmp_path / "away" / "dump.json"

@@ -47,6 +47,21 @@ def test_ranks_and_micro_batches_are_slices(world_size: int) -> None:
     assert np.array_equal(np.concatenate(parts), order.batch(7, size))
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 3000), st.integers(0, 2**31), st.integers(0, 10**6), st.integers(1, 4), st.integers(1, 3))
+def test_the_union_over_ranks_is_the_global_batch_at_any_world_size(
+    num_windows: int, seed: int, step: int, micro_batch_size: int, grad_accum_steps: int
+) -> None:
+    """At world sizes 1, 2, 3 and 8, by whatever accumulation: the same windows in the same places."""
+    order, size = Order(num_windows, seed), 24 * micro_batch_size * grad_accum_steps
+    whole = order.batch(step, size).tolist()
+    for world_size in (1, 2, 3, 8):
+        share = size // world_size
+        ranks = [order.windows(step * size + rank * share, share) for rank in range(world_size)]
+        micro_batches = [part for rank in ranks for part in np.split(rank, share // micro_batch_size)]
+        assert np.concatenate(micro_batches).tolist() == whole
+
+
 def test_epochs_seeds_and_neighbours_are_unrelated() -> None:
     n = 20_000
     first, second = Order(n, 1).windows(0, n), Order(n, 1).windows(n, n)

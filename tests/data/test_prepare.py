@@ -358,7 +358,13 @@ def test_bad_options_get_one_line(tmp_path: Path) -> None:
         (WORDS, {"max_tokens": 0}, "max_tokens = 0; expected at least 1"),
         (WORDS, {"workers": 0}, "workers = 0; expected at least 1"),
         (WORDS, {"executor": "slurm"}, "slurm: no time; expected --executor-option time="),
-        (WORDS, {"executor_options": {"nodes": "3"}}, "--executor-option: .*'nodes'"),
+        (
+            WORDS,
+            {"executor_options": {"nodes": "3"}},
+            "--executor-option nodes: not one of --executor local; expected one of",
+        ),
+        (WORDS, {"executor_options": {"randomize_start_duration": "x"}}, "randomize_start_duration=x: expected a whole number"),
+        (WORDS, {"executor_options": {"workers": "3"}}, "--executor-option workers: not one of --executor local"),
     ]:
         with pytest.raises(DataError, match=message):
             prepare_texts(["text"], tokenizer, tmp_path / "out", **options)

@@ -79,6 +79,23 @@ def test_rows_longer_than_a_chunk(tmp_path: Path, suffix: str) -> None:
     assert [d.text for d in read_documents(str(path))] == texts
 
 
+@pytest.mark.parametrize("kind", ["string", "large_string", "string_view", "dictionary"])
+def test_the_text_column_is_found_however_its_strings_are_laid_out(tmp_path: Path, kind: str) -> None:
+    types = {"string": pyarrow.string(), "large_string": pyarrow.large_string(), "string_view": pyarrow.string_view()}
+    texts = pyarrow.array(["one", "é", "one"], type=types.get(kind, pyarrow.string()))
+    column = texts.dictionary_encode() if kind == "dictionary" else texts
+    path = write_parquet(tmp_path / "x.parquet", {"id": [1, 2, 3], "words": column})
+    assert [document.text for document in read_documents(str(path))] == ["one", "é", "one"]
+
+
+def test_meta_written_as_a_string_names_the_source_too(tmp_path: Path) -> None:
+    metas = ['{"redpajama_set_name": "RedPajamaC4"}', '"redpajama_set_name"', '{"redpajama_set_name": ', "text", None]
+    rows = [{"text": f"row {i}", "meta": meta} for i, meta in enumerate(metas)]
+    write(tmp_path / "x.jsonl", "".join(json.dumps(row) + "\n" for row in rows).encode())
+    write_parquet(tmp_path / "y.parquet", {"text": [row["text"] for row in rows], "meta": metas})
+    assert [document.source for document in read_documents(str(tmp_path))] == ["RedPajamaC4", "", "", "", ""] * 2
+
+
 def test_parquet_rows(tmp_path: Path) -> None:
     path = write_parquet(tmp_path / "x.parquet", {"text": ["one", "two"], "meta": [{"redpajama_set_name": "C"}, None]})
     assert [tuple(d) for d in read_documents(str(path))] == [("one", path.name, 0, "C"), ("two", path.name, 1, "")]
@@ -105,9 +122,13 @@ def test_parquet_rows(tmp_path: Path) -> None:
         ("x.jsonl", b'\n{"text": "\xff"}', r"row 1 \(line 2\): not UTF-8 at byte 10"),
         ("x.jsonl", b'{"text": "a\\ud800"}', r"row 0 .*half a surrogate pair at character 1"),
         ("x.jsonl", b"[" * 100_000, r"row 0 .*nested too deeply"),
-        ("x.jsonl.gz", gzip.compress(JSONL)[:-12], r"x\.jsonl\.gz: truncated gzip"),
+        ("x.jsonl.gz", gzip.compress(JSONL)[:-12], r"x\.jsonl\.gz: truncated gzip, after \d+ bytes of text: the rest"),
         ("x.jsonl.gz", b"not gzip at all", r"x\.jsonl\.gz: broken gzip"),
-        ("x.jsonl.zst", zstandard.ZstdCompressor().compress(JSONL)[:-3], r"x\.jsonl\.zst: truncated zst"),
+        (
+            "x.jsonl.zst",
+            zstandard.ZstdCompressor().compress(JSONL)[:-3],
+            r"x\.jsonl\.zst: truncated zst, after .*: the rest",
+        ),
         ("x.jsonl.zst", b"not zst at all", r"x\.jsonl\.zst: broken zst"),
         ("x.parquet", b"PAR1 no", r"x\.parquet: broken parquet"),
     ],

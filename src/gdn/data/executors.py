@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import hashlib
+import inspect
 import json
 import os
 import signal
@@ -11,7 +12,7 @@ import sys
 import threading
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
@@ -74,7 +75,8 @@ def run_tasks(
 
 def _execute(pipeline: list[PipelineStep], tasks: int, workers: int, logs: Path, options: "Options") -> None:
     datatrove_logger.disable("datatrove")
-    given: dict[str, Any] = {key: int(value) if value.isdigit() else value for key, value in options.executor_options.items()}
+    kind = {"local": LocalPipelineExecutor, "slurm": SlurmPipelineExecutor, "ray": RayPipelineExecutor}[options.executor]
+    given = _of_the_executor(kind, options)
     given |= {"pipeline": pipeline, "tasks": tasks, "workers": workers, "logging_dir": str(logs)}
     if options.executor == "slurm":
         for key in ("time", "partition"):
@@ -83,7 +85,7 @@ def _execute(pipeline: list[PipelineStep], tasks: int, workers: int, logs: Path,
         # --wait: the call ends when the jobs have, so that what they made is assembled by it.
         given |= {"sbatch_args": {"wait": ""}}
         given = {"job_name": "gdn-prepare", "mail_type": "NONE", "venv_path": f"{sys.prefix}/bin/activate"} | given
-        executor = _made(SlurmPipelineExecutor, given)
+        executor = kind(**given)
         try:
             executor.run()
         except FileNotFoundError as error:
@@ -96,22 +98,39 @@ def _execute(pipeline: list[PipelineStep], tasks: int, workers: int, logs: Path,
             import ray
         except ImportError:
             raise DataError("--executor ray: Ray is not installed: pip install ray") from None
-        executor = _made(RayPipelineExecutor, given)
+        executor = kind(**given)
         ray.init(ignore_reinit_error=True, log_to_driver=False)
         executor.run()
     else:
-        executor = _made(LocalPipelineExecutor, given)
+        executor = kind(**given)
         # Said before datatrove forks: else tokenizers prints a warning, as it cannot know that the fork encodes nothing.
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
         with _forks_die_with_us():
             executor.run()
 
 
-def _made(kind: type[PipelineExecutor], given: dict[str, Any]) -> PipelineExecutor:
-    try:
-        return kind(**given)
-    except TypeError as error:  # an option that it does not have
-        raise DataError(f"--executor-option: {error}") from None
+_OURS = ("pipeline", "tasks", "workers", "logging_dir", "skip_completed", "local_tasks", "local_rank_offset", "start_method")
+_PARSERS: dict[str, Callable[[str], Any]] = {"int": int, "float": float, "bool": ("false", "true").index, "str": str}
+
+
+def _of_the_executor(kind: type[PipelineExecutor], options: "Options") -> dict[str, Any]:
+    """The user's options as values of what datatrove's executor takes; DataError for one that it does not."""
+    parsers = {}
+    for name, parameter in inspect.signature(kind).parameters.items():
+        hint = getattr(parameter.annotation, "__name__", str(parameter.annotation)).removesuffix(" | None")
+        if name not in _OURS and hint in _PARSERS:
+            parsers[name] = hint
+    given = {}
+    for name, text in options.executor_options.items():
+        if name not in parsers:
+            known = ", ".join(parsers)
+            raise DataError(f"--executor-option {name}: not one of --executor {options.executor}; expected one of {known}")
+        try:
+            given[name] = _PARSERS[parsers[name]](text)
+        except ValueError:
+            wanted = {"int": "a whole number", "float": "a number", "bool": "true or false"}[parsers[name]]
+            raise DataError(f"--executor-option {name}={text}: expected {wanted}") from None
+    return given
 
 
 class TokenWriter(PipelineStep):

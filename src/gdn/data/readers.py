@@ -208,8 +208,18 @@ def _row_document(text: Any, meta: Any, piece: Piece, row: int, text_column: str
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         return f"{text_column!r} has half a surrogate pair at character {error.start}"
+    return Document(text, piece.name, row, _label(meta))
+
+
+def _label(meta: Any) -> str:
+    """`redpajama_set_name` of a row's `meta`, which is an object or, in some mirrors, one written as a string."""
+    if isinstance(meta, str) and '"redpajama_set_name"' in meta:
+        try:
+            meta = json.loads(meta)
+        except (ValueError, RecursionError):
+            return ""
     label = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-    return Document(text, piece.name, row, label if isinstance(label, str) else "")
+    return label if isinstance(label, str) else ""
 
 
 def _read_parquet(stream: BinaryIO, piece: Piece, text_column: str) -> Iterator[Document | DataError]:
@@ -261,8 +271,7 @@ def _string_columns(file: Piece) -> tuple[list[str], list[str]]:
                 schema = parquet.schema_arrow
         except (pyarrow.ArrowException, OSError):  # the reader will say what is wrong
             return [], []
-        kinds = (pyarrow.string(), pyarrow.large_string())
-        return [field.name for field in schema if field.type in kinds], list(schema.names)
+        return [field.name for field in schema if _holds_strings(field.type)], list(schema.names)
     chunks = {".jsonl": _plain_chunks, ".jsonl.gz": _gzip_chunks, ".jsonl.zst": _zstd_chunks}[file.suffix]
     try:
         with open_file(file) as stream:
@@ -272,6 +281,15 @@ def _string_columns(file: Piece) -> tuple[list[str], list[str]]:
     if not isinstance(row, dict):
         return [], []
     return [name for name, value in row.items() if isinstance(value, str)], list(row)
+
+
+def _holds_strings(kind: Any) -> bool:
+    """Whether values of this type of pyarrow's are strings, however they are laid out."""
+    from pyarrow import types
+
+    if types.is_dictionary(kind):
+        kind = kind.value_type
+    return types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind)
 
 
 def _lines(chunks: Iterator[bytes]) -> Iterator[bytes]:
@@ -328,7 +346,7 @@ def _gzip_chunks(stream: BinaryIO, piece: Piece) -> Iterator[bytes]:
                 done += len(chunk)
                 yield chunk
     except EOFError:
-        raise DataError(f"{piece.url}: truncated gzip, after {done} bytes of text") from None
+        raise DataError(f"{piece.url}: truncated gzip, after {done} bytes of text: the rest of the file is missing") from None
     except (gzip.BadGzipFile, zlib.error) as error:
         raise DataError(f"{piece.url}: broken gzip after {done} bytes of text: {error}") from None
 
@@ -353,4 +371,4 @@ def _zstd_chunks(stream: BinaryIO, piece: Piece) -> Iterator[bytes]:
     except zstandard.ZstdError as error:
         raise DataError(f"{piece.url}: broken zst after {done} bytes of text: {error}") from None
     if frame is not None:
-        raise DataError(f"{piece.url}: truncated zst, after {done} bytes of text")
+        raise DataError(f"{piece.url}: truncated zst, after {done} bytes of text: the rest of the file is missing")
