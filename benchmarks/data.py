@@ -2,6 +2,7 @@
 
     python benchmarks/data.py tokenize SOURCE TOKENIZER     # in turn: encode_batch, our encoder, `gdn prepare` end to end
     python benchmarks/data.py batch                         # sparse files of 150 shards in a temporary folder
+    python benchmarks/data.py duplicates MILLIONS ...       # memory and time of leaving out copies, at several sizes
     python benchmarks/data.py memory TOKENIZER [--engine E] # peak of `gdn prepare` with one document of 50 MB among others
 
 With `--plain` the first and the last take the same tokenizer with an NFC normalizer, for which no cut into words is known.
@@ -46,6 +47,9 @@ def main() -> None:
     add.set_defaults(run=tokenize)
     add = commands.add_parser("batch")
     add.set_defaults(run=batch)
+    add = commands.add_parser("duplicates")
+    add.add_argument("millions", type=int, nargs="+", help="documents, several sizes")
+    add.set_defaults(run=duplicates)
     add = commands.add_parser("memory")
     add.add_argument("tokenizer", type=Path)
     add.add_argument("--engine", default="tokenizers", help="(default: %(default)s)")
@@ -209,6 +213,50 @@ def _waits(loader: Any, first: int) -> dict[str, float]:
         waits.append(_seconds(lambda step=step: list(loader.micro_batches(step))) * 1e3)
         time.sleep(0.5)
     return {"median": statistics.median(waits[1:]), "max": max(waits[1:])}
+
+
+def duplicates(args: argparse.Namespace) -> dict[str, Any]:
+    """Peak memory and seconds of choosing what is kept of so many documents, a tenth of them copies, in tasks of 250,000.
+
+    Each size in a process of its own, over rows as the tasks leave them. The peak is of memory that is not a file's, above
+    what the process has before; a mapped file's pages are the system's to take back.
+    """
+    results = {}
+    for millions in args.millions:
+        with tempfile.TemporaryDirectory() as name, multiprocessing.get_context("spawn").Pool(1) as pool:
+            results[f"{millions}M documents"] = pool.apply(_select, (Path(name), millions))
+    return results
+
+
+def _select(work: Path, millions: int) -> dict[str, float]:
+    from gdn.data.assemble import ROWS, TASK, select, task_folder
+    from gdn.data.sources import Stream
+
+    rng, count = np.random.default_rng(0), 250_000
+    for task in range(4 * millions):
+        rows = np.zeros(count, dtype=ROWS)
+        rows["start"] = np.arange(count) * 1000
+        rows["hash"] = rng.integers(0, 1 << 64, (count, 2), dtype=np.uint64)
+        rows["hash"][::10] = np.arange(0, count, 10)[:, None]  # the same in every task
+        folder = task_folder(work, task)
+        folder.mkdir(parents=True)
+        rows.tofile(folder / "train.rows")
+        split = {"tokens": 1000 * count, "documents": count, "sha256": ""}
+        summary = {"splits": {"train": split}, "labels": [""], "documents": count}
+        (folder / TASK).write_text(json.dumps(summary), encoding="utf-8")
+    before, peak, done = _anonymous_mb(), [0.0], threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.01):
+            peak[0] = max(peak[0], _anonymous_mb())
+
+    thread = threading.Thread(target=sample)
+    thread.start()
+    seconds = _seconds(lambda: select([Stream(0, None, None, 0, [[]] * 4 * millions)], work, True))
+    done.set()
+    thread.join()
+    added = peak[0] - before
+    return {"memory, MB": added, "bytes a document": added / millions, "seconds": seconds}
 
 
 def memory(args: argparse.Namespace) -> dict[str, Any]:

@@ -104,8 +104,9 @@ def test_exact_copies_are_left_out_wherever_they_lie(tmp_path: Path, monkeypatch
     kept = ["same", "other", *TEXTS, "end"]
     all_of_them = prepare_texts(texts, WORDS, tmp_path / "all", ["same", "held"], task_bytes=300)
     assert (all_of_them.duplicates, all_of_them.num_documents(TRAIN)) == (0, len(texts))
-    for at_once in (1 << 22, 7):  # hashes sorted at once, or in many passes
-        monkeypatch.setattr("gdn.data.assemble._AT_ONCE", at_once)
+    for at_once in (1 << 20, 8):  # hashes sorted at once, or from many files, documents taken in blocks
+        monkeypatch.setattr("gdn.data.assemble._SORTED", at_once)
+        monkeypatch.setattr("gdn.data.assemble._BLOCK", at_once)
         out = tmp_path / f"out{at_once}"
         manifest = prepare_texts(texts, WORDS, out, ["same", "held"], task_bytes=300, deduplicate=True)
         assert manifest.duplicates == 4

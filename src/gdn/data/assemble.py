@@ -10,7 +10,7 @@ import shutil
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
@@ -19,17 +19,28 @@ from gdn.data.sources import Stream
 
 ROWS = np.dtype([("start", "<u8"), ("bytes", "<u8"), ("label", "<u4"), ("hash", "<u8", 2)])
 TASK = "task.json"
-_AT_ONCE = 1 << 22  # documents whose hashes are sorted together
+_HASHES = np.dtype([("hash", "<u8", 2), ("part", "<u4"), ("place", "<u4")])
+_SORTED = 1 << 20  # hashes that are sorted together: 100 MB
+_BLOCK = 1 << 18  # documents of a task that are in hand: it may have any number
 _COPY = 1 << 24  # tokens
 
 
 class Kept(NamedTuple):
-    """What is taken of one task: for each of its splits a mask over the documents, and how many come before the limit."""
+    """What is taken of one task: the documents of each of its splits up to an end, but for those dropped."""
 
     stream: Stream
     folder: Path
-    masks: dict[str, np.ndarray]
     ends: dict[str, int]
+    dropped: dict[str, np.ndarray]  # a bit for each document; only of splits from which any is dropped
+
+
+class _Block(NamedTuple):
+    """Some documents of a task that follow each other."""
+
+    first: int
+    rows: np.ndarray  # ROWS
+    lengths: np.ndarray  # tokens, int64
+    kept: np.ndarray  # bool
 
 
 class Totals(NamedTuple):
@@ -93,11 +104,10 @@ def select(streams: Sequence[Stream], work: Path, deduplicate: bool) -> tuple[li
             summary = read_task(folder)
             if summary is None:
                 break
-            # One True, seen once a document: a mask takes memory when something is left out (`_own_mask`).
-            masks = {split: np.broadcast_to(True, len(_rows(folder, split))) for split in sorted(summary["splits"])}
-            candidates.append(Kept(stream, folder, masks, {split: len(mask) for split, mask in masks.items()}))
+            ends = {split: int(counts["documents"]) for split, counts in sorted(summary["splits"].items())}
+            candidates.append(Kept(stream, folder, ends, {}))
         if deduplicate:
-            _mark_duplicates(kept, candidates)
+            _drop_copies(kept, candidates, work / "hashes")
         taken, left = _up_to_limit(candidates, stream)
         kept += taken
         lacking[number] = left
@@ -116,29 +126,38 @@ def assemble(kept: Sequence[Kept], out: Path, dtype: "np.dtype[Any]") -> tuple[d
         bad, blank = bad + summary["bad"], blank + summary["blank"]
         first_bad, first_blank = first_bad or summary["first_bad"], first_blank or summary["first_blank"]
         documents += summary["documents"]
-        for split, mask in item.masks.items():
-            duplicates += item.ends[split] - int(mask.sum())
-            if mask.any():
-                name = f"{split}-{len(splits[split]):05d}.bin"
-                shard, tokens = _write_shard(item, split, out / name, dtype, summary)
-                splits[split].append(shard)
-                for label, count in zip(summary["labels"], tokens.tolist()):
-                    source_tokens[split][label] += count
+        for split, end in item.ends.items():
+            name = f"{split}-{len(splits[split]):05d}.bin"
+            shard, tokens = _write_shard(item, split, out / name, dtype, summary)
+            duplicates += end - shard.documents
+            if not shard.documents:
+                (out / name).unlink()
+                (out / shard.docs_name).unlink()
+                continue
+            splits[split].append(shard)
+            for label, count in zip(summary["labels"], tokens.tolist()):
+                source_tokens[split][label] += count
     tokens_by_label = {split: +counts for split, counts in source_tokens.items()}
     totals = Totals(tokens_by_label, duplicates, documents, bad, first_bad, blank, first_blank)
     return {split: tuple(files) for split, files in splits.items() if files}, totals
 
 
-def _own_mask(item: Kept, split: str) -> np.ndarray:
-    """The mask as an array that can be written to."""
-    if not item.masks[split].flags.writeable:
-        item.masks[split] = item.masks[split].copy()
-    return item.masks[split]
-
-
-def _rows(folder: Path, split: str) -> np.ndarray:
-    path = folder / f"{split}.rows"
-    return np.memmap(path, dtype=ROWS, mode="r") if path.stat().st_size else np.empty(0, dtype=ROWS)
+def _blocks(item: Kept, split: str) -> Iterator[_Block]:
+    """The documents up to the end, dropped ones too."""
+    summary = read_task(item.folder)
+    assert summary is not None
+    path, total, end = item.folder / f"{split}.rows", int(summary["splits"][split]["documents"]), item.ends[split]
+    for first in range(0, end, _BLOCK):
+        count = min(_BLOCK, end - first)
+        rows = np.fromfile(path, dtype=ROWS, count=count + 1, offset=first * ROWS.itemsize)
+        starts = rows["start"].astype(np.int64)
+        if first + count == total:  # there is no row after the last
+            starts = np.append(starts, task_tokens(summary, split))
+        kept = np.ones(count, dtype=bool)
+        if split in item.dropped:
+            bits = item.dropped[split][first // 8 : -(-(first + count) // 8)]  # a block begins at a whole byte
+            kept = np.unpackbits(bits, count=count, bitorder="little") == 0
+        yield _Block(first, rows[:count], np.diff(starts), kept)
 
 
 def _up_to_limit(candidates: list[Kept], stream: Stream) -> tuple[list[Kept], int]:
@@ -149,72 +168,93 @@ def _up_to_limit(candidates: list[Kept], stream: Stream) -> tuple[list[Kept], in
         if left <= 0:
             break
         taken.append(item)
-        mask = item.masks.get(stream.counted)
-        if mask is None:
+        if stream.counted not in item.ends:
             continue
-        before = np.cumsum(np.where(mask, _lengths(item.folder, stream.counted), 0))
-        enough = int(np.searchsorted(before, left))
-        if enough < len(mask):
-            _own_mask(item, stream.counted)[enough + 1 :] = False
-            item.ends[stream.counted] = enough + 1
-        left -= int(before[min(enough, len(mask) - 1)])
+        for block in _blocks(item, stream.counted):
+            before = np.cumsum(np.where(block.kept, block.lengths, 0))
+            enough = int(np.searchsorted(before, left))
+            left -= int(before[min(enough, len(before) - 1)])
+            if enough < len(before):
+                item.ends[stream.counted] = block.first + enough + 1
+                break
     return taken, max(left, 0)
 
 
-def _lengths(folder: Path, split: str) -> np.ndarray:
-    """Tokens of each document: int64."""
-    summary = read_task(folder)
-    assert summary is not None
-    return np.diff(_rows(folder, split)["start"].astype(np.int64), append=task_tokens(summary, split))
+def _drop_copies(before: Sequence[Kept], candidates: Sequence[Kept], folder: Path) -> None:
+    """Drop the `candidates` whose text `before` has kept, or that came earlier among the candidates.
 
-
-def _mark_duplicates(before: Sequence[Kept], candidates: Sequence[Kept]) -> None:
-    """Clear the masks of `candidates` at texts that `before` has kept, or that came earlier among the candidates.
-
-    By 128-bit hashes, in as many passes as hold the memory down: a pass sorts those of one range of values.
+    By 128-bit hashes. They are dealt out to files by their value, one after the other in `folder`, and each file is sorted
+    by itself: memory is a bit for each document, however many there are, and disk 24 bytes.
     """
-    parts = [(item, split) for items in (before, candidates) for item in items for split in item.masks]
-    total = sum(len(item.masks[split]) for item, split in parts)
-    passes = -(-total // _AT_ONCE)
-    for number in range(passes):
-        found = [_in_range(item, split, number, passes) for item, split in parts]
-        hashes = np.concatenate([hashes for _, hashes in found])
-        owner = np.repeat(np.arange(len(parts)), [len(places) for places, _ in found])
-        places = np.concatenate([places for places, _ in found])
+    parts = [(item, split) for items in (before, candidates) for item in items for split in item.ends]
+    total = sum(item.ends[split] for item, split in parts)
+    files = max(-(-total // _SORTED), 1)
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for number, (item, split) in enumerate(parts):
+        for block in _blocks(item, split):
+            places = np.flatnonzero(block.kept)
+            found = np.empty(len(places), dtype=_HASHES)
+            found["hash"], found["part"], found["place"] = block.rows["hash"][places], number, places + block.first
+            file = (found["hash"][:, 1] % np.uint64(files)).astype(np.int64)
+            found, edges = found[np.argsort(file, kind="stable")], np.cumsum(np.bincount(file, minlength=files))
+            for i, (begin, end) in enumerate(zip([0, *edges.tolist()], edges.tolist())):
+                if end > begin:
+                    with (folder / f"{i:06d}").open("ab") as stream:
+                        stream.write(found[begin:end].tobytes())
+    for path in sorted(folder.iterdir()):
+        for copies in _copies(path):
+            edges = np.flatnonzero(np.diff(copies["part"].astype(np.int64), prepend=-1, append=-1)).tolist()
+            for begin, end in zip(edges, edges[1:]):
+                item, split = parts[int(copies["part"][begin])]
+                _drop(item, split, copies["place"][begin:end].astype(np.int64))
+    shutil.rmtree(folder)
+
+
+def _copies(path: Path) -> Iterator[np.ndarray]:
+    """Entries of the file, in its order, whose hash an earlier one has; a text with many copies may make it long."""
+    different = np.empty((0, 2), dtype=np.uint64)
+    for first in range(0, path.stat().st_size // _HASHES.itemsize, _SORTED):
+        entries = np.fromfile(path, dtype=_HASHES, count=_SORTED, offset=first * _HASHES.itemsize)
+        hashes = np.concatenate([different, entries["hash"]])
         order = np.lexsort((hashes[:, 1], hashes[:, 0]))  # stable: of equal hashes the earliest document comes first
         ranked = hashes[order]
-        again = order[1:][(ranked[1:] == ranked[:-1]).all(axis=1)]
-        for i in np.unique(owner[again]):
-            item, split = parts[i]
-            _own_mask(item, split)[places[again[owner[again] == i]]] = False
+        again = np.zeros(len(hashes), dtype=bool)
+        again[order[1:]] = (ranked[1:] == ranked[:-1]).all(axis=1)
+        yield entries[again[len(different) :]]
+        different = hashes[~again]
 
 
-def _in_range(item: Kept, split: str, number: int, passes: int) -> tuple[np.ndarray, np.ndarray]:
-    """Places of the documents that are kept and whose hash falls into pass `number`, and those hashes."""
-    hashes = _rows(item.folder, split)["hash"]
-    places = np.flatnonzero(item.masks[split] & (hashes[:, 1] % np.uint64(passes) == number))
-    return places, np.array(hashes[places])
+def _drop(item: Kept, split: str, places: np.ndarray) -> None:
+    if split not in item.dropped:
+        item.dropped[split] = np.zeros(-(-item.ends[split] // 8), dtype=np.uint8)
+    np.bitwise_or.at(item.dropped[split], places >> 3, np.left_shift(1, places & 7).astype(np.uint8))
 
 
 def _write_shard(
     item: Kept, split: str, target: Path, dtype: "np.dtype[Any]", summary: dict[str, Any]
 ) -> tuple[ShardFile, np.ndarray]:
     """The shard's entry, and its tokens by the number of their label."""
-    mask, rows, lengths = item.masks[split], _rows(item.folder, split), _lengths(item.folder, split)
-    source = item.folder / f"{split}.bin"
-    if mask.all():
-        sha256 = summary["splits"][split]["sha256"]
+    source, of_task = item.folder / f"{split}.bin", summary["splits"][split]
+    whole = split not in item.dropped and item.ends[split] == of_task["documents"]
+    digest, docs_digest = hashlib.sha256(), hashlib.sha256()
+    tokens = documents = size = 0
+    by_label = np.zeros(len(summary["labels"]), dtype=np.int64)
+    if whole:
         _link(source, target)
-    else:
-        sha256 = _copy_kept(source, target, rows["start"].astype(np.int64)[mask], lengths[mask], dtype)
-    starts = np.cumsum(lengths[mask]) - lengths[mask]
-    docs = starts.astype(DOCS_DTYPE).tobytes()
-    target.with_suffix(".docs").write_bytes(docs)
-    counts = np.bincount(rows["label"][mask], weights=lengths[mask], minlength=len(summary["labels"])).astype(np.int64)
-    size = int(rows["bytes"][mask].sum())
-    docs_sha256 = hashlib.sha256(docs).hexdigest()
-    shard = ShardFile(target.name, sha256, docs_sha256, int(lengths[mask].sum()), int(mask.sum()), size, item.stream.source)
-    return shard, counts
+    with target.open("ab") as stream, target.with_suffix(".docs").open("wb") as docs:
+        for block in _blocks(item, split):
+            rows, lengths = block.rows[block.kept], block.lengths[block.kept]
+            if not whole and len(rows):
+                _copy_kept(source, stream, digest, rows["start"].astype(np.int64), lengths, dtype)
+            starts = (tokens + np.cumsum(lengths) - lengths).astype(DOCS_DTYPE).tobytes()
+            docs.write(starts)
+            docs_digest.update(starts)
+            by_label += np.bincount(rows["label"], weights=lengths, minlength=len(by_label)).astype(np.int64)
+            tokens, documents, size = tokens + int(lengths.sum()), documents + len(rows), size + int(rows["bytes"].sum())
+    sha256 = of_task["sha256"] if whole else digest.hexdigest()
+    shard = ShardFile(target.name, sha256, docs_digest.hexdigest(), tokens, documents, size, item.stream.source)
+    return shard, by_label
 
 
 def _link(source: Path, target: Path) -> None:
@@ -224,17 +264,17 @@ def _link(source: Path, target: Path) -> None:
         shutil.copyfile(source, target)
 
 
-def _copy_kept(source: Path, target: Path, starts: np.ndarray, lengths: np.ndarray, dtype: "np.dtype[Any]") -> str:
-    """Write the documents at `starts`, neighbours together; returns the sum of what was written."""
-    tokens = np.memmap(source, dtype=dtype, mode="r")
-    digest = hashlib.sha256()
-    with target.open("wb") as stream:
+def _copy_kept(
+    source: Path, stream: BinaryIO, digest: "hashlib._Hash", starts: np.ndarray, lengths: np.ndarray, dtype: "np.dtype[Any]"
+) -> None:
+    """Append the documents at `starts`, neighbours together, to the stream and the sum."""
+    with source.open("rb") as tokens:
         for first, last in _runs(starts, starts + lengths):
+            tokens.seek(first * dtype.itemsize)
             for begin in range(first, last, _COPY):
-                data = tokens[begin : min(begin + _COPY, last)].tobytes()
+                data = tokens.read((min(begin + _COPY, last) - begin) * dtype.itemsize)
                 digest.update(data)
                 stream.write(data)
-    return digest.hexdigest()
 
 
 def _runs(begins: np.ndarray, ends: np.ndarray) -> Iterator[tuple[int, int]]:
