@@ -1,11 +1,12 @@
 """Data: tokenising beside `tokenizers`, the batch of a random step of a 15-billion-token manifest, and memory.
 
     python benchmarks/data.py tokenize SOURCE TOKENIZER     # in turn: encode_batch, our encoder, `gdn prepare` end to end
-    python benchmarks/data.py batch                         # sparse files of 150 shards in a temporary folder
+    python benchmarks/data.py batch [--tokens N ...]        # sparse files of 100M tokens each in a temporary folder
     python benchmarks/data.py duplicates MILLIONS ...       # memory and time of leaving out copies, at several sizes
     python benchmarks/data.py memory TOKENIZER [--engine E] # peak of `gdn prepare` with one document of 50 MB among others
 
-With `--plain` the first and the last take the same tokenizer with an NFC normalizer, for which no cut into words is known.
+With `--plain pieces` the first and the last take the same tokenizer with an NFC normalizer, for which no cut into words is
+known, with `--plain whole` with a replacement that changes nothing, for which no cut at all is.
 Prints JSON; what was measured on which machine stands in docs/log.md and benchmarks/results/data_cpu.json.
 """
 
@@ -31,7 +32,7 @@ from typing import Any
 import numpy as np
 import tokenizers
 
-SEQ_LEN, BATCH, STEPS = 2048, 256, 28_672
+SEQ_LEN, BATCH = 2048, 256
 
 
 def main() -> None:
@@ -43,9 +44,10 @@ def main() -> None:
     add.add_argument("--documents", type=int, default=600, help="(default: %(default)s)")
     add.add_argument("--rounds", type=int, default=3, help="(default: %(default)s)")
     add.add_argument("--engines", default="tokenizers", help="end to end: some of tokenizers,gigatoken")
-    add.add_argument("--plain", action="store_true", help="the path of tokenizers that have no cut into words")
+    add.add_argument("--plain", choices=("pieces", "whole"), help="the path of tokenizers that have no cut into words")
     add.set_defaults(run=tokenize)
     add = commands.add_parser("batch")
+    add.add_argument("--tokens", type=float, nargs="+", default=[1e9, 15_032_385_537, 60e9], help="(default: %(default)s)")
     add.set_defaults(run=batch)
     add = commands.add_parser("duplicates")
     add.add_argument("millions", type=int, nargs="+", help="documents, several sizes")
@@ -53,26 +55,27 @@ def main() -> None:
     add = commands.add_parser("memory")
     add.add_argument("tokenizer", type=Path)
     add.add_argument("--engine", default="tokenizers", help="(default: %(default)s)")
-    add.add_argument("--plain", action="store_true", help="the path of tokenizers that have no cut into words")
+    add.add_argument("--plain", choices=("pieces",), help="the path of tokenizers that have no cut into words")
     add.set_defaults(run=memory)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        if getattr(args, "plain", False):
-            args.tokenizer = _without_words(args.tokenizer, Path(folder))
+        if getattr(args, "plain", None):
+            args.tokenizer = _without_words(args.tokenizer, Path(folder), args.plain)
         results = args.run(args)
     machine = {"cpu": _cpu(), "cores": os.cpu_count(), "python": platform.python_version(), "numpy": np.__version__}
     machine |= {"tokenizers": tokenizers.__version__, "date": time.strftime("%Y-%m-%d")}
     print(json.dumps({"command": sys.argv[1], "machine": machine} | results, indent=1))
 
 
-def _without_words(tokenizer: Path, folder: Path) -> Path:
-    from gdn.data.cuts import word_cut
+def _without_words(tokenizer: Path, folder: Path, path: str) -> Path:
+    from gdn.data.cuts import piece_cut, word_cut
     from gdn.data.tokenizer import load_tokenizer
 
     load_tokenizer(tokenizer).save(folder)
     definition = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
-    definition["normalizer"]["normalizers"].append({"type": "NFC"})
-    assert word_cut(definition) is None
+    unknown = {"type": "Replace", "pattern": {"String": "\x00"}, "content": "\x00"}
+    definition["normalizer"]["normalizers"].append({"type": "NFC"} if path == "pieces" else unknown)
+    assert word_cut(definition) is None and (piece_cut(definition) is None) == (path == "whole")
     (folder / "tokenizer.json").write_text(json.dumps(definition), encoding="utf-8")
     return folder
 
@@ -173,37 +176,47 @@ def _prepare(source: Path, tokenizer: Path, out: Path, engine: Any, tokens: int)
 
 
 def batch(args: argparse.Namespace) -> dict[str, Any]:
-    """Milliseconds of random steps, seconds to the first batch of a fresh loader, and memory that is not the files'."""
+    """At several numbers of tokens, each in a process of its own: what a random step costs, and what memory it takes.
+
+    Milliseconds of random steps, seconds to the first batch of a fresh loader, and memory that is not the files'.
+    """
+    results = {}
+    for tokens in args.tokens:
+        with tempfile.TemporaryDirectory() as name, multiprocessing.get_context("spawn").Pool(1) as pool:
+            results[f"{tokens:.3g} tokens"] = pool.apply(_batch, (Path(name), int(tokens)))
+    return results
+
+
+def _batch(folder: Path, tokens: int) -> dict[str, Any]:
     from gdn.data.loader import Loader
     from gdn.data.shards import TokenShards
 
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        _write_sparse(folder)
-        rng = random.Random(0)
-        results: dict[str, Any] = {}
-        for reset in (False, True):
-            before = _anonymous_mb()
-            began = time.perf_counter()
-            loader = Loader(TokenShards.open(folder, "train"), SEQ_LEN, 16, BATCH, 42, reset)
-            next(loader.micro_batches(rng.randrange(STEPS)))
-            first = time.perf_counter() - began
-            steps = [rng.randrange(STEPS) for _ in range(200)]
-            calls: dict[str, Callable[[int], object]] = {
-                "order.batch, 256 windows, ms": lambda step, loader=loader: loader.order.batch(step, BATCH),
-                "micro batch of 16 windows read, ms": lambda step, loader=loader: loader.load(loader.windows(step)[:16]),
-            }
-            row: dict[str, Any] = {"first batch of a fresh loader, s": first}
-            for name, call in calls.items():
-                times = []
-                for step in steps:
-                    call(step)  # warm: its pages are mapped
-                    times.append(_seconds(lambda call=call, step=step: call(step)) * 1e3)
-                row[name] = {"median": statistics.median(times), "max": max(times)}
-            row["memory beside the mapped files, MB"] = _anonymous_mb() - before
-            row["wait for a step of 256 windows behind 0.5 s of other work, ms"] = _waits(loader, rng.randrange(STEPS - 10))
-            results["reset_at_documents" if reset else "plain"] = row
-        return results
+    _write_sparse(folder, tokens)
+    rng, steps = random.Random(0), tokens // SEQ_LEN // BATCH
+    results: dict[str, Any] = {}
+    Loader(TokenShards.open(folder, "train"), SEQ_LEN, 16, BATCH, 42)  # what a process takes once is not the data's
+    for reset in (False, True):
+        before = _anonymous_mb()
+        began = time.perf_counter()
+        loader = Loader(TokenShards.open(folder, "train"), SEQ_LEN, 16, BATCH, 42, reset)
+        next(loader.micro_batches(rng.randrange(steps)))
+        first = time.perf_counter() - began
+        chosen = [rng.randrange(steps) for _ in range(200)]
+        calls: dict[str, Callable[[int], object]] = {
+            "order.batch, 256 windows, ms": lambda step, loader=loader: loader.order.batch(step, BATCH),
+            "micro batch of 16 windows read, ms": lambda step, loader=loader: loader.load(loader.windows(step)[:16]),
+        }
+        row: dict[str, Any] = {"windows": loader.order.num_windows, "first batch of a fresh loader, s": first}
+        for name, call in calls.items():
+            times = []
+            for step in chosen:
+                call(step)  # warm: its pages are mapped
+                times.append(_seconds(lambda call=call, step=step: call(step)) * 1e3)
+            row[name] = {"median": statistics.median(times), "max": max(times)}
+        row["memory beside the mapped files, MB"] = _anonymous_mb() - before
+        row["wait for a step of 256 windows behind 0.5 s of other work, ms"] = _waits(loader, rng.randrange(steps - 10))
+        results["reset_at_documents" if reset else "plain"] = row
+    return results
 
 
 def _waits(loader: Any, first: int) -> dict[str, float]:
@@ -288,10 +301,10 @@ def memory(args: argparse.Namespace) -> dict[str, Any]:
     return {"exit code": process.returncode, "peak of all processes, MB": peaks[0], "peak of one process, MB": peaks[1]}
 
 
-def _write_sparse(folder: Path) -> None:
+def _write_sparse(folder: Path, tokens: int) -> None:
     from gdn.data.shards import FORMAT_VERSION, Manifest, ShardFile, SourceRecord, write_manifest
 
-    tokens, shards = 15_032_385_537, 150
+    shards = -(-tokens // 100_000_000)
     files = []
     for i in range(shards):
         size = tokens * (i + 1) // shards - tokens * i // shards
