@@ -8,7 +8,8 @@ import torch
 from gdn.errors import CheckpointError, ConfigError
 from gdn.eval import scoring
 from gdn.eval.scoring import Likelihood, Request, Scorer
-from gdn.generation.batch import ModuleStream
+from gdn.generation.batch import ReaderStream
+from gdn.generation.engine import reader
 from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM, init_weights
 
@@ -121,7 +122,9 @@ def test_generation_is_greedy_and_stops(
 ) -> None:
     if streamed:  # as on a GPU, where the rows are one captured step's; here it is the modules'
         monkeypatch.setattr(Scorer, "_decoder", lambda self: "decoder")
-        monkeypatch.setattr(scoring, "Stream", lambda decoder, state, sampling: ModuleStream(model, state, sampling))
+        monkeypatch.setattr(
+            scoring, "Stream", lambda decoder, state, sampling: ReaderStream(reader(model, None), state, sampling)
+        )
     rng = random.Random(2)
     prompts = [draw(rng, n) for n in (1, 5, 64, 100, 7, 200, 5)]
     eos = plain_text(model, prompts[1], 3, -1)[2]  # one text at least ends early

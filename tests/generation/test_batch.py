@@ -43,8 +43,8 @@ def test_each_prompt_has_a_seed_of_its_own() -> None:
 
 def test_a_prompt_joins_as_soon_as_a_row_ends(monkeypatch: pytest.MonkeyPatch) -> None:
     steps = []
-    step = batch.ModuleStream.next
-    monkeypatch.setattr(batch.ModuleStream, "next", lambda self, rows: steps.append(len(rows)) or step(self, rows))
+    step = batch.ReaderStream.next
+    monkeypatch.setattr(batch.ReaderStream, "next", lambda self, rows: steps.append(len(rows)) or step(self, rows))
     model = tiny_model()
     order = [i for i, _ in generate_batch(model, PROMPTS[:3], max_new_tokens=4, sampling=SAMPLINGS[0], rows=2)]
     assert order == [0, 1, 0, 1, 0, 1, 0, 1, 2, 2, 2, 2] and steps == [2, 2, 2, 1, 1, 1]

@@ -9,7 +9,7 @@ import torch
 from generation_testing import VOCAB, random_ids
 from torch import Tensor
 
-from gdn.generation import cpu_decoder
+from gdn.generation import cpu_decoder, cpu_products
 from gdn.generation.cpu_decoder import CPUDecoder
 from gdn.generation.weights import join_projections
 from gdn.model.config import ModelConfig
@@ -56,20 +56,61 @@ def by_decoder(model: GatedDeltaNetLM, ids: list[int]) -> tuple[Tensor, DecodeSt
 
 
 @pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
-@pytest.mark.parametrize(("dtype", "bound"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)], ids=["float32", "bfloat16"])
-def test_a_step_is_the_modules_step(switches: dict[str, Any], dtype: torch.dtype, bound: float) -> None:
-    """In bf16: as the modules would have it in float64 on the same rounded weights, which they themselves miss by more."""
+@pytest.mark.parametrize("way", ["float32", "packed", "rounded"])
+def test_a_step_is_the_modules_step(switches: dict[str, Any], way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bf16: as the modules have it in float64 on the same weights. Where a copy in float16 does not serve, rows are rounded."""
+    dtype, bound = (torch.float32 if way == "float32" else torch.bfloat16), (2e-2 if way == "rounded" else 1e-5)
+    if way != "packed":
+        monkeypatch.setattr(cpu_products, "packs", lambda weight: False)
     model, ids = build(dtype, **switches), random_ids(40)
     wanted, wanted_state = by_modules(model if dtype == torch.float32 else copy.deepcopy(model).double(), ids)
     rounded, _ = by_modules(model, ids)
+    model.compute_dtype = torch.float32
     join_projections(model)
-    assert CPUDecoder.serves(model)
+    assert CPUDecoder.serves(model) and CPUDecoder.reads(model)
     got, state = by_decoder(model, ids)
-    assert got.dtype == dtype and relative(got, wanted) < bound
-    assert dtype == torch.float32 or relative(got, wanted) < relative(rounded, wanted)
+    assert got.dtype == torch.float32 and relative(got, wanted) < bound
+    assert way == "float32" or relative(got, wanted) < relative(rounded, wanted)
     assert relative(state.recurrent, wanted_state.recurrent) < bound
     assert state.conv.numel() == 0 or relative(state.conv, wanted_state.conv) < bound
     assert state.position.tolist() == [40]
+
+
+@pytest.mark.parametrize("switches", SWITCHES.values(), ids=SWITCHES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_rows_read_together_are_the_modules_rows(switches: dict[str, Any], dtype: torch.dtype) -> None:
+    """A prompt of three rows, a second one on its state, then single tokens beside each other."""
+    model, pieces = build(dtype, **switches), torch.tensor([random_ids(121, seed) for seed in (1, 2, 3)]).split([90, 30, 1], 1)
+    exact = model if dtype == torch.float32 else copy.deepcopy(model).double()
+    wanted_state = exact.new_state(3)
+    with torch.no_grad():
+        wanted = [exact(piece, state=wanted_state, last_only=True).logits for piece in pieces]
+    model.compute_dtype = torch.float32
+    join_projections(model)
+    state, decoder = model.new_state(3), CPUDecoder(model)
+    for piece, logits in zip(pieces, wanted):
+        assert relative(decoder.read(piece, state), logits) < 1e-5
+    assert relative(state.recurrent, wanted_state.recurrent) < 1e-5
+    assert state.conv.numel() == 0 or relative(state.conv, wanted_state.conv) < 1e-5
+    assert state.position.tolist() == [121] * 3
+
+
+def test_a_model_of_bf16_activations_reads_prompts_by_its_modules() -> None:
+    model = build(torch.bfloat16)
+    join_projections(model)
+    assert CPUDecoder.serves(model) and not CPUDecoder.reads(model)
+
+
+def test_copies_of_weights_are_made_once_and_again_when_one_changes() -> None:
+    model, ids = build(torch.bfloat16), random_ids(10)
+    join_projections(model)
+    before, _ = by_decoder(model, ids)
+    kept = cpu_decoder._products(model)
+    assert cpu_decoder._products(model) is kept
+    model.model.layers[1].mlp.up_proj.weight.mul_(2)
+    after, _ = by_decoder(model, ids)
+    assert cpu_decoder._products(model) is not kept
+    assert relative(after, before) > 1e-3 and relative(after, by_modules(model, ids)[0]) < 3e-2
 
 
 def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from gdn.errors import ConfigError
 from gdn.generation.engine import (
     PREFILL_CHUNK,
+    Reader,
     check_chunk,
     check_eos,
     check_length,
@@ -66,7 +67,7 @@ def _run(
         return
     on_gpu = GPUDecoder(model) if GPUDecoder.serves(model) else None
     read, state = reader(model, on_gpu), model.new_state(rows)
-    stream: _Stream = ModuleStream(model, state, sampling) if on_gpu is None else Stream(on_gpu, state, sampling)
+    stream: _Stream = ReaderStream(read, state, sampling) if on_gpu is None else Stream(on_gpu, state, sampling)
     waiting, free = list(range(len(prompts)))[::-1], list(range(rows))[::-1]
     under_way: dict[int, tuple[int, int]] = {}  # row -> its prompt, and tokens still to come
     while waiting or under_way:
@@ -105,11 +106,11 @@ class _Stream(Protocol):
     def next(self, rows: Sequence[int]) -> list[int]: ...
 
 
-class ModuleStream:
-    """The same as `gpu_decoder.Stream` by the model's own modules, on any device."""
+class ReaderStream:
+    """The same as `gpu_decoder.Stream` by what reads prompts, on any device."""
 
-    def __init__(self, model: GatedDeltaNetLM, state: DecodeState, sampling: Sampling) -> None:
-        self._model, self._state, self._sampling = model, state, sampling
+    def __init__(self, read: Reader, state: DecodeState, sampling: Sampling) -> None:
+        self._read, self._state, self._sampling = read, state, sampling
         device = state.position.device
         self._ids = torch.zeros(state.rows, dtype=torch.int64, device=device)
         self._seeds = [0] * state.rows
@@ -120,9 +121,7 @@ class ModuleStream:
         return self._choose(row, logits)
 
     def next(self, rows: Sequence[int]) -> list[int]:
-        with torch.no_grad():
-            logits = self._model(self._ids[:, None], state=self._state, last_only=True).logits
-        assert logits is not None
+        logits = self._read(self._ids[:, None], self._state)
         return [self._choose(row, logits[row : row + 1]) for row in rows]
 
     def _choose(self, row: int, logits: Tensor) -> int:

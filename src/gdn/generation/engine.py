@@ -129,16 +129,19 @@ Reader = Callable[[Tensor, DecodeState], Tensor]
 
 
 def reader(model: GatedDeltaNetLM, on_gpu: GPUDecoder | None) -> Reader:
-    """What reads ids [1, T] into a state and gives the last one's logits [1, vocab].
+    """What reads ids [N, T] into a state of N rows and gives the last ones' logits [N, vocab]; on a GPU's step N is 1.
 
-    A single token goes the same way wherever it comes from, prompt or text: so going on is never having stopped, to the bit.
+    One token of one row goes the same way wherever it comes from, prompt or text: so going on is never having stopped, to the
+    bit.
     """
-    steps, decoder = CPUDecoder.serves(model), cache(CPUDecoder)
+    steps, reads, decoder = CPUDecoder.serves(model), CPUDecoder.reads(model), cache(CPUDecoder)
 
     def read(ids: Tensor, state: DecodeState) -> Tensor:
-        if steps and ids.shape[1] == 1:
+        if steps and ids.numel() == 1:
             return decoder(model).step(int(ids), state)[None]
-        if on_gpu is not None and ids.shape[1] == 1:
+        if reads:
+            return decoder(model).read(ids, state)
+        if on_gpu is not None and ids.numel() == 1:
             return on_gpu.step(ids[0], state)
         with torch.no_grad():  # not inference_mode: the state must stay usable outside
             logits = model(ids, state=state, last_only=True).logits
