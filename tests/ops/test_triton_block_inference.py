@@ -1,5 +1,7 @@
 """A block without gradients as one operator: beside the modules, and the same bits in any batch and cut on the rule's grid."""
 
+import copy
+
 import pytest
 import torch
 from ops_testing import relative_error
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from gdn.model.lm import Block
 from gdn.model.mixer import LayerState
-from gdn.ops import triton_block_inference
+from gdn.ops import row_product
 
 __all__ = ["short_strips"]
 LONG = 200 if GPU else 100  # tokens: more than one piece of the grid
@@ -59,21 +61,37 @@ def test_a_row_has_the_same_bits_in_any_batch_and_cut_anywhere_on_the_grid() -> 
     assert all(torch.equal(one[0], all_[1]) for one, all_ in zip(alone, together))
 
 
-def test_few_rows_are_filled_up(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Without it a library may add in another order for few rows than for many; here one that does is made up."""
-    x, weight = torch.randn(300, 40), torch.randn(24, 40)
-    real = torch.Tensor.__matmul__
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_a_row_of_a_product_is_the_same_at_any_number_of_rows(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A library may add in another order for few rows, or in float32 for any other number; here two that do are made up."""
+    x, weight, added = torch.randn(900, 40, dtype=dtype), torch.randn(24, 40, dtype=dtype), torch.randn(900, 24, dtype=dtype)
+    wanted = torch.nn.functional.linear(x, weight)
+    real, real_sum = torch.mm, torch.Tensor.addmm_
 
-    def unsteady(a: Tensor, b: Tensor) -> Tensor:
-        return real(a, b) + 1e-3 * (len(a) < triton_block_inference.FULL)
+    def error(rows: int) -> float:
+        return 0.1 * (rows / 1024 if dtype == torch.float32 else rows < row_product.FULL)
 
-    monkeypatch.setattr(torch.Tensor, "__matmul__", unsteady)
-    whole = triton_block_inference.product(x, weight)
-    torch.testing.assert_close(whole, torch.nn.functional.linear(x, weight))
-    torch.testing.assert_close(triton_block_inference.product(x[:3], weight), whole[:3])
-    added = torch.randn(1, 3, 24)
-    wanted = torch.nn.functional.linear(x[:3], weight) + added
-    torch.testing.assert_close(triton_block_inference.product(x[None, :3], weight, added.clone()), wanted)
+    monkeypatch.setattr(torch, "mm", lambda a, b, out: real(a, b, out=out).add_(error(len(a))))
+    monkeypatch.setattr(torch.Tensor, "addmm_", lambda s, a, b: real_sum(s, a, b).add_(error(len(a))))
+    whole, summed = row_product.row_product(x, weight), row_product.row_product(x, weight, added.clone())
+    torch.testing.assert_close(whole, wanted + error(row_product.FULL if dtype == torch.float32 else 900))
+    torch.testing.assert_close(summed, whole + added, rtol=0.02, atol=0.02)
+    for rows in (1, 3, 256, 300):
+        assert torch.equal(row_product.row_product(x[None, :rows], weight)[0], whole[:rows])
+        assert torch.equal(row_product.row_product(x[:rows], weight, added[:rows].clone()), summed[:rows])
+    assert row_product.row_product(x[:0], weight).shape == (0, 24)
+
+
+def test_no_token_changes_no_state() -> None:
+    block, x, _, _ = problem("plain", torch.float32)
+    block.to(DEVICE)
+    state = empty_state(block, 2)
+    read(block, x.to(DEVICE), state, [x.shape[1]])
+    before = copy.deepcopy(state)
+    with torch.no_grad():
+        out = block(x[:1, :0].to(DEVICE), state, torch.zeros(3, dtype=torch.int32, device=DEVICE))
+    assert out.shape == x[:1, :0].shape
+    assert torch.equal(state.conv, before.conv) and torch.equal(state.recurrent, before.recurrent)
 
 
 def test_it_compiles_whole() -> None:

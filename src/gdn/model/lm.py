@@ -14,6 +14,7 @@ from gdn.model.state import DecodeState
 from gdn.ops import linear_cross_entropy
 from gdn.ops.backend import choose_backend
 from gdn.ops.conv_rule import Heads
+from gdn.ops.row_product import row_product
 
 Init = Literal["mamba", "zeros"]
 Recompute = Literal["nothing", "keys", "blocks"]  # in the backward, to save memory; keys: where the kernels on a GPU serve
@@ -171,6 +172,8 @@ class GatedDeltaNetLM(nn.Module):
             return LMOutput(loss_sum, None, state)
         if last_only:
             hidden = hidden[:, -1] if cu_seqlens is None else hidden[0, (cu_seqlens[1:] - 1).long()]
+            if hidden.is_cuda and not torch.is_grad_enabled():
+                return LMOutput(None, row_product(hidden, self.lm_head.weight.to(hidden.dtype)), state)
         return LMOutput(None, self.lm_head(hidden), state)
 
     def new_state(self, rows: int) -> DecodeState:

@@ -1,22 +1,19 @@
 """A whole residual block without gradients as one torch.library operator, for GPUs: prompts, evaluation.
 
-A row of a product has the same bits however many rows there are: cuBLAS splits sums over K for few rows only, so that few are
-filled up (H200, docs/log.md); norms, gates, convolution and rule see one row or one sequence by themselves. So a prompt has the
-same bits in any batch and cut anywhere on the rule's grid.
+A row of a product has the same bits however many rows there are (`row_product`); norms, gates, convolution and rule see one row or
+one sequence by themselves. So a prompt has the same bits in any batch and cut anywhere on the rule's grid.
 """
 
 import torch
 from torch import Tensor
 
 from gdn.ops.conv_rule import Heads
+from gdn.ops.row_product import row_product
 from gdn.ops.triton_block import BlockWeights
 from gdn.ops.triton_conv_rule import run_forward
 from gdn.ops.triton_norm import gated_norm_forward, norm_forward
 from gdn.ops.triton_short_conv import conv_final_state
 from gdn.ops.triton_swiglu import swiglu_forward
-
-FULL = 256  # rows of a product at least
-
 
 def block_inference(
     x: Tensor,
@@ -34,6 +31,8 @@ def block_inference(
 
     into [P, hidden]: the weights of q | k | v | a | b | g; gate_up [2 F, hidden]; they, o and down in x's dtype.
     """
+    if not x.numel():  # as where a mask leaves no token; the states stay what they were
+        return x, x if conv_state is None else conv_state, x.float() if initial_state is None else initial_state
     matrices = [into, weights.o.to(x.dtype), gate_up, weights.down.to(x.dtype)]
     vectors = (weights.attn_norm, weights.A_log, weights.dt_bias, weights.o_norm, weights.mlp_norm, weights.conv)
     states = (conv_state, None if initial_state is None else initial_state.contiguous(), cu_seqlens)
@@ -62,15 +61,15 @@ def _run(
     allow_neg_eigval: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
     sizes, (into, out, gate_up, down) = Heads(*heads), matrices
-    proj = product(norm_forward(x, None, attn_norm, eps)[0], into)
+    proj = row_product(norm_forward(x, None, attn_norm, eps)[0], into)
     _, _, rule = run_forward(
         proj, conv, conv_bias, A_log, dt_bias, conv_state, initial_state, cu_seqlens, sizes, allow_neg_eigval,
         for_backward=False,
     )  # fmt: skip
     y = gated_norm_forward(rule.o, proj, sizes.columns, o_norm, eps)
-    normed, _, residual = norm_forward(x, product(y.flatten(-2), out), mlp_norm, eps)
+    normed, _, residual = norm_forward(x, row_product(y.flatten(-2), out), mlp_norm, eps)
     assert residual is not None
-    residual = product(swiglu_forward(product(normed, gate_up)), down, residual)
+    residual = row_product(swiglu_forward(row_product(normed, gate_up)), down, residual)
     if initial_state is None:
         return residual, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     assert rule.final_state is not None
@@ -99,14 +98,3 @@ def _(
         return torch.empty_like(x), x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     carried = x.new_empty(len(initial_state), conv.shape[1] - 1, conv.shape[0])
     return torch.empty_like(x), carried, torch.empty_like(initial_state)
-
-
-def product(x: Tensor, weight: Tensor, added: Tensor | None = None) -> Tensor:
-    """x [..., K] @ weight^T [..., N], + added [..., N], which it may overwrite; as if there were FULL rows or more."""
-    rows = x.numel() // x.shape[-1]
-    wide, sums = x.reshape(rows, -1), None if added is None else added.view(rows, -1)
-    if rows < FULL:
-        fill = (0, 0, 0, FULL - rows)
-        wide, sums = torch.nn.functional.pad(wide, fill), None if sums is None else torch.nn.functional.pad(sums, fill)
-    out = wide @ weight.t() if sums is None else sums.addmm_(wide, weight.t())
-    return out[:rows].view(*x.shape[:-1], len(weight))
