@@ -61,7 +61,8 @@ def read_state(model: GatedDeltaNetLM, rows: int, length: int = 5) -> DecodeStat
 def agrees(model: GatedDeltaNetLM, rows: int) -> None:
     state = read_state(model, rows)
     wanted_state = state.fork()
-    ids = torch.arange(rows, device=DEVICE) + 3
+    ids = (torch.arange(2 * rows, device=DEVICE) + 3).view(rows, 2)[:, 0]  # one column of several, as of a batch of texts
+    assert not ids.is_contiguous() or rows == 1
     with torch.no_grad():
         wanted = model(ids[:, None], state=wanted_state, last_only=True).logits
     got = GPUDecoder(model).step(ids, state)

@@ -54,7 +54,7 @@ class GPUDecoder:
 
         config, B = self._config, len(ids)
         with torch.no_grad():
-            x = rows.embed(ids, self._embeddings, state.position)
+            x = rows.embed(ids.contiguous(), self._embeddings, state.position)
             layer = self._few_layer if B <= linear.FEW else self._many_layer
             residual = rows.Residual(x)
             for n in range(len(self._layers)):
@@ -151,6 +151,7 @@ class Stream:
         device, rows = state.position.device, state.rows
         self._seeds = torch.zeros(rows, dtype=torch.int64, device=device)
         self._result = torch.zeros(2, rows, dtype=torch.int64, device=device)  # ids, and whether their logits were finite
+        self._seen = torch.zeros(2, rows, dtype=torch.int64, pin_memory=device.type == "cuda")  # the same on the host
         self._graph: torch.cuda.CUDAGraph | None = None
 
     def start(self, row: int, logits: Tensor, seed: int) -> int:
@@ -163,8 +164,8 @@ class Stream:
         logits = logits.float().contiguous()
         chosen = self._decoder.choose(logits, self._sampling, self._seeds[part], self._state.position[part])
         self._result[:, part] = torch.stack(chosen)
-        (token,) = self._checked(self._result[:, part], [row])
-        return token
+        self._seen.copy_(self._result)
+        return self._checked([row])[0]
 
     def next(self, rows: Sequence[int]) -> list[int]:
         """One token more of every row; returns those of `rows`, which raise CheckpointError if their logits are not finite."""
@@ -172,11 +173,14 @@ class Stream:
             self._capture()
         assert self._graph is not None
         self._graph.replay()
-        return self._checked(self._result[:, list(rows)], rows)
+        if self._result.is_cuda:
+            torch.cuda.current_stream(self._result.device).synchronize()  # the one wait of a token
+        return self._checked(rows)
 
     def _step(self) -> None:
         logits = self._decoder.step(self._result[0], self._state)
         self._decoder.choose(logits, self._sampling, self._seeds, self._state.position, self._result)
+        self._seen.copy_(self._result, non_blocking=True)
 
     def _capture(self) -> None:
         """Once, beside everything else: a first run compiles and must not be seen, so what it changes is put back."""
@@ -192,14 +196,14 @@ class Stream:
         with torch.cuda.graph(self._graph):
             self._step()
 
-    def _checked(self, result: Tensor, rows: Sequence[int]) -> list[int]:
-        tokens, ok = result.tolist()  # the one wait of a token
-        for row, fine in zip(rows, ok):
-            if not fine:
+    def _checked(self, rows: Sequence[int]) -> list[int]:
+        tokens, fine = self._seen.tolist()
+        for row in rows:
+            if not fine[row]:
                 raise CheckpointError(
                     f"row {row}: the best logit is not finite: the model's weights are damaged, or its dtype overflows"
                 )
-        return list(tokens)
+        return [tokens[row] for row in rows]
 
 
 class _Layer(NamedTuple):
