@@ -1,7 +1,7 @@
 """A whole residual block without gradients as one torch.library operator, for GPUs: prompts, evaluation.
 
-A row of a product has the same bits however many rows there are (`row_product`); norms, gates, convolution and rule see one row or
-one sequence by themselves. So a prompt has the same bits in any batch and cut anywhere on the rule's grid.
+A row of a product has the same bits however many rows there are (`row_product`); norms, gates, convolution and rule see one row
+or one sequence by themselves. So a prompt has the same bits in any batch and cut anywhere on the rule's grid.
 """
 
 import torch
@@ -14,6 +14,7 @@ from gdn.ops.triton_conv_rule import run_forward
 from gdn.ops.triton_norm import gated_norm_forward, norm_forward
 from gdn.ops.triton_short_conv import conv_final_state
 from gdn.ops.triton_swiglu import swiglu_forward
+
 
 def block_inference(
     x: Tensor,
