@@ -245,6 +245,7 @@ def _data_show(args: argparse.Namespace) -> int:
     from gdn.data.tokenizer import load_tokenizer
     from gdn.train.recipe import RunConfig
 
+    windows = dumped_windows(args.dump) if args.dump is not None else []
     recipe = args.recipe or ([args.dump.parent / "recipe.toml"] if args.dump else [])
     run = load(RunConfig, Path(recipe[0]), recipe[1:]) if recipe else None
     sizes = (run.data.seq_len, 1, run.data.global_batch_size, run.train.seed) if run else (2048, 1, 256, 42)
@@ -253,9 +254,7 @@ def _data_show(args: argparse.Namespace) -> int:
     if run is None and not args.quiet:
         print("no --recipe: taken for the published run's: seq_len 2048, global_batch_size 256, seed 42", file=sys.stderr)
     loader = Loader(TokenShards.open(args.folder, TRAIN), *sizes)
-    if args.dump is not None:
-        windows = dumped_windows(args.dump)
-    else:
+    if args.dump is None:
         windows = loader.windows(args.step).tolist() if args.step is not None else _numbers(args.windows, int, "--windows")
     for window in windows_of(loader, load_tokenizer(args.folder / TOKENIZER), windows):
         print(f"=== window {window.window}: tokens {window.start} to {window.start + loader.seq_len}")

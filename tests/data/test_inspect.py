@@ -85,7 +85,7 @@ def test_the_command_shows_a_step_and_named_windows(
         ([*command, "--step", "-1", *known], "--step -1; expected 0 or more"),
         ([*command, *known, "--windows", "1,x"], "--windows '1,x': expected numbers"),
         ([*command, "--windows", "999"], "window 999; expected 0 to"),
-        ([*command, "--dump", str(tmp_path / "no.json")], "no.json: cannot be read: No such file"),
+        ([*command, "--dump", str(tmp_path / "nowhere" / "no.json")], "no.json: cannot be read: No such file"),
         ([*command, "--dump", str(recipe)], "recipe.toml: expected a nonfinite-step-*.json of a run"),
         ([*command, "--dump", str(other)], "other.json: expected a nonfinite-step-*.json of a run"),
         ([*command, "--dump", str(away)], "recipe.toml"),
