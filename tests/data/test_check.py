@@ -54,6 +54,10 @@ def train(index: int, **values: Any) -> Callable[[dict[str, Any]], object]:
             r"source_tokens.train sums to 7; expected \d+, the tokens of its",
         ),
         (lambda m: m["source_tokens"].pop(HELDOUT), r"source_tokens is of 'train'; expected 'train', 'heldout', the splits"),
+        (lambda m: m.update(bos_id=10**9), r"bos_id is 1000000000; expected 0"),
+        (lambda m: m.update(vocab_size=10**12), r"vocab_size is 1000000000000; expected 280"),
+        (lambda m: m["source_tokens"].update(train=3), r"source_tokens.train is 3; expected an object of whole numbers"),
+        (lambda m: m["source_tokens"][TRAIN].update({"": "x"}), r"source_tokens.train is {'': 'x'}; expected an object of"),
         (train(1, bytes=99), r"splits.train\[1\]: bytes is 99; expected \d+, the text of train-00001.bin"),
         (lambda m: m["options"].update(holdout_share=0.0), r"holdout_share is 0.0; (\d+) of \1 documents of heldout belong"),
         (
@@ -103,7 +107,7 @@ def test_tokens_and_places_that_are_none(folder: Path) -> None:
     rewrite(folder, "train-00000.docs", places)
     rewrite(folder, "train-00000.bin", np.where(np.arange(len(tokens)) == 3, 280, tokens).astype("<u2"))
     with pytest.raises(
-        DataError, match=r"splits.train\[0\]: a token 280 in train-00000.bin; expected less than vocab_size = 280"
+        DataError, match=r"splits.train\[0\]: a token 280 in train-00000.bin; expected less than the tokenizer's 280"
     ):
         check_folder(folder)
     rewrite(folder, "train-00000.bin", np.where(np.arange(len(tokens)) == len(tokens) - 1, 5, tokens).astype("<u2"))

@@ -1,8 +1,9 @@
 """Whether a folder of shards is what its manifest says: checksums, and the counts that shards and tokenizer can tell."""
 
 import json
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -45,48 +46,56 @@ def _of_the_tokenizer(manifest: Manifest, tokenizer: Tokenizer) -> Iterator[str]
 def _of_the_shards(
     folder: Path, manifest: Manifest, tokenizer: Tokenizer, progress: Callable[[str], None] | None
 ) -> Iterator[str]:
-    lengths = byte_lengths(json.loads(tokenizer.serialized), tokenizer.vocab_size)
-    by_hash = {i for i, own in enumerate(manifest.options.get("own_splits", [])) if not own}
+    size = tokenizer.vocab_size
+    lengths, specials = byte_lengths(json.loads(tokenizer.serialized), size), {"bos": manifest.bos_id, "eos": manifest.eos_id}
+    share: Any = manifest.options.get("holdout_share")
+    own_splits: Any = manifest.options.get("own_splits")
+    told = isinstance(share, int | float) and isinstance(own_splits, list)  # not by the first versions
+    by_hash = {i for i, own in enumerate(own_splits) if not own} if told else set()
     if manifest.source_tokens.keys() != manifest.splits.keys():
         yield f"source_tokens is of {_names(manifest.source_tokens)}; expected {_names(manifest.splits)}, the splits"
     for split, files in manifest.splits.items():
-        labels = manifest.source_tokens.get(split)
-        if labels is not None and sum(labels.values()) != manifest.num_tokens(split):
-            sums = f"source_tokens.{split} sums to {sum(labels.values())}"
-            yield f"{sums}; expected {manifest.num_tokens(split)}, the tokens of its shards"
+        labels, total = manifest.source_tokens.get(split, {}), manifest.num_tokens(split)
+        if not isinstance(labels, dict) or not all(type(count) is int for count in labels.values()):
+            yield f"source_tokens.{split} is {labels!r}; expected an object of whole numbers"
+        elif split in manifest.source_tokens and sum(labels.values()) != total:
+            yield f"source_tokens.{split} sums to {sum(labels.values())}; expected {total}, the tokens of its shards"
         looked: list[bool] = []
         for i, file in enumerate(files):
             if progress is not None:
                 progress(file.name)
             tokens = np.memmap(folder / file.name, dtype=DTYPES[manifest.dtype], mode="r")
             starts = np.fromfile(folder / file.docs_name, dtype=DOCS_DTYPE).astype(np.int64)
-            yield from (f"splits.{split}[{i}]: {line}" for line in _of_a_shard(tokens, starts, file, manifest, lengths))
+            yield from (f"splits.{split}[{i}]: {line}" for line in _of_a_shard(tokens, starts, file, specials, lengths, size))
             if lengths is not None and file.source in by_hash:
-                looked += _held_out(tokens, starts, tokenizer, manifest.options["holdout_share"])
-        yield from _of_the_holdout(split, looked, manifest)
+                looked += _held_out(tokens, starts, tokenizer, share)
+        yield from _of_the_holdout(split, looked, share)
 
 
 def _of_a_shard(
-    tokens: np.ndarray, starts: np.ndarray, file: ShardFile, manifest: Manifest, lengths: ByteLengths | None
+    tokens: np.ndarray,
+    starts: np.ndarray,
+    file: ShardFile,
+    specials: Mapping[str, int | None],
+    lengths: ByteLengths | None,
+    vocab_size: int,
 ) -> Iterator[str]:
     if starts[0] != 0 or starts[-1] >= file.tokens or (np.diff(starts) <= 0).any():
         yield f"{file.docs_name} does not hold {file.documents} ascending places from 0 to {file.tokens - 1}"
         return
-    counts = np.zeros(manifest.vocab_size, dtype=np.int64)
+    counts = np.zeros(vocab_size, dtype=np.int64)
     for begin in range(0, file.tokens, _BLOCK):
         block = tokens[begin : begin + _BLOCK]
-        if int(block.max()) >= manifest.vocab_size:
-            yield f"a token {int(block.max())} in {file.name}; expected less than vocab_size = {manifest.vocab_size}"
+        if int(block.max()) >= vocab_size:
+            yield f"a token {int(block.max())} in {file.name}; expected less than the tokenizer's {vocab_size}"
             return
-        counts += np.bincount(block, minlength=manifest.vocab_size)
-    for name, special, places in (
-        ("bos", manifest.bos_id, starts),
-        ("eos", manifest.eos_id, np.append(starts[1:], file.tokens) - 1),
-    ):
+        counts += np.bincount(block, minlength=vocab_size)
+    for name, places in (("bos", starts), ("eos", np.append(starts[1:], file.tokens) - 1)):
+        special = specials[name]
         if special is not None and (lacking := int((tokens[places] != special).sum())):
             yield f"{lacking} of {file.documents} documents in {file.name} without {name}_id = {special}"
-    if lengths is not None and manifest.vocab_size == len(lengths.tables[0]):
-        counts[[special for special in (manifest.bos_id, manifest.eos_id) if special is not None]] = 0
+    if lengths is not None:
+        counts[[special for special in specials.values() if special is not None and special < vocab_size]] = 0
         least, most = (int(counts @ table) - own * file.documents for table, own in zip(lengths.tables, lengths.begins))
         if not least <= file.bytes <= most:
             wanted = str(least) if least == most else f"{least} to {most}"
@@ -101,11 +110,10 @@ def _held_out(tokens: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer, shar
             yield is_held_out(text_digest(tokenizer.decode(tokens[starts[i] : ends[i]].tolist())), share)
 
 
-def _of_the_holdout(split: str, looked: list[bool], manifest: Manifest) -> Iterator[str]:
+def _of_the_holdout(split: str, looked: list[bool], share: Any) -> Iterator[str]:
     # A text that is decoded with a change counts as any other would: what single ones say proves nothing.
-    share = manifest.options.get("holdout_share", 0.0)
     wrong = sum(held != (split == HELDOUT) for held in looked)
-    if wrong > (len(looked) / 2 if split == HELDOUT else max(2, len(looked) * share / 2)):
+    if looked and wrong > (len(looked) / 2 if split == HELDOUT else max(2, len(looked) * share / 2)):
         yield f"options.holdout_share is {share}; {wrong} of {len(looked)} documents of {split} belong elsewhere by their hash"
 
 
