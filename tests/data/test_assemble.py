@@ -60,6 +60,8 @@ def test_what_is_kept_is_what_a_set_would_keep(
         Stream(0, TRAIN, limit, 0, [[]] * len(train)),
         Stream(0, HELDOUT, None, len(train), [[]] * len(heldout)),
     ]
+    (work / "hashes").mkdir()
+    (work / "hashes" / "000000").write_bytes(b"left by a run that was killed")
     kept, lacking = select(streams, work, deduplicate)
     wanted, seen, left = [], set(), limit
     for number, task in enumerate([*train, *heldout]):
@@ -74,4 +76,6 @@ def test_what_is_kept_is_what_a_set_would_keep(
                 left -= length
     assert documents_of(kept) == wanted
     assert lacking == {0: max(left or 0, 0), 1: 0}
-    assert sorted(path.name for path in work.iterdir()) == ["tasks"]
+    assert (work / "hashes").exists() == (not deduplicate)
+    numbers = [(item.folder, bits, split) for item in kept for split, bits in item.dropped.items()]
+    assert all(bits.nbytes <= -(-len(np.fromfile(folder / f"{split}.rows", ROWS)) // 8) for folder, bits, split in numbers)

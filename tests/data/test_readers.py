@@ -142,6 +142,16 @@ def test_bad_files_get_one_line(tmp_path: Path, name: str, data: bytes, message:
         list(read_documents(str(tmp_path)))
 
 
+def test_a_broken_archive_says_from_which_row_on_it_is_lost(tmp_path: Path) -> None:
+    rows = "".join(json.dumps({"text": f"row {i}"}) + "\n" for i in range(7)).encode()
+    whole, cut = zstandard.ZstdCompressor().compress(rows), zstandard.ZstdCompressor().compress(rows)[:-2]
+    path = write(tmp_path / "x.jsonl.zst", whole + cut)
+    with pytest.raises(DataError, match=r"truncated zst, after \d+ bytes.*: the rest of the file is missing, from row 7 on$"):
+        list(read_documents(str(path)))
+    stats = ReadStats()
+    assert len(list(read_documents(str(path), skip_bad=True, stats=stats))) == 7 and stats.bad == 1
+
+
 def test_truncation_between_zst_frames_and_inside_later_ones(tmp_path: Path) -> None:
     one = zstandard.ZstdCompressor().compress(JSONL)
     for cut in (len(one) + 1, len(one) + 7, 2 * len(one) - 1):

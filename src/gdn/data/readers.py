@@ -179,7 +179,7 @@ def _read_jsonl(stream: BinaryIO, piece: Piece, text_column: str) -> Iterator[Do
                 item = _parse_row(line, piece, row - 1, text_column)
                 yield DataError(f"{where(piece, row - 1)}: {item}") if isinstance(item, str) else item
     except DataError as error:  # the container is broken: nothing after it can be read
-        yield error
+        yield DataError(f"{error}, from row {row} on")
         return
     if not row and piece.stop < 0:
         yield DataError(f"{piece.url}: empty file; expected one JSON object a line")
