@@ -28,7 +28,9 @@ import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
+from gdn.generation.cpu_products import product_with
 from gdn.generation.engine import decode_dtype, for_decoding, generate
+from gdn.generation.engine import prefill as engine_prefill
 from gdn.generation.sampling import Sampling
 from gdn.hf import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from gdn.model.config import ModelConfig
@@ -145,9 +147,12 @@ def state_as_file(model: GatedDeltaNetLM) -> dict[str, float]:
 def prefill(repetitions: int) -> dict[str, Any]:
     """A prompt of 512 tokens and the last token's logits: gdn, transformers' Llama and transformers' own gated delta stack."""
     ids = torch.randint(PUBLISHED.vocab_size, (1, PROMPT), generator=torch.Generator().manual_seed(0))
-    own = published(torch.float32)
-    runs: dict[str, Callable[[], object]] = {"gdn": lambda: own(ids, state=own.new_state(1), last_only=True)}
-    sizes = {"gdn": PUBLISHED.num_parameters()}
+    own, narrow = published(torch.float32), published(torch.bfloat16)
+    runs: dict[str, Callable[[], object]] = {
+        "gdn": lambda: engine_prefill(own, ids[0], own.new_state(1)),
+        "gdn, bfloat16": lambda: engine_prefill(narrow, ids[0], narrow.new_state(1)),
+    }
+    sizes = dict.fromkeys(runs, PUBLISHED.num_parameters())
     for name, peer in peers():
         runs[name] = lambda peer=peer: peer(ids, logits_to_keep=1, use_cache=False)
         sizes[name] = sum(parameter.numel() for parameter in peer.parameters())
@@ -194,10 +199,10 @@ def read_bandwidth() -> float:
 
 def product_bandwidth(dtype: torch.dtype) -> float:
     """GB/s of one-row products with weights that are in no cache, the best of eight rounds over 0.5 GB."""
-    row = torch.ones(1, 1024, dtype=dtype)
-    weights = [torch.full((4096, 1024), 0.5, dtype=dtype) for _ in range((1 << 29) // (4096 * 1024 * dtype.itemsize))]
-    elapsed = min(seconds(lambda: [nn.functional.linear(row, weight) for weight in weights]) for _ in range(8))
-    return round(sum(weight.nbytes for weight in weights) / elapsed / 1e9, 2)
+    row, count, weight = torch.ones(1, 1024), (1 << 29) // (4096 * 1024 * dtype.itemsize), 4096 * 1024 * dtype.itemsize
+    products = [product_with(torch.full((4096, 1024), 0.5, dtype=dtype)) for _ in range(count)]
+    elapsed = min(seconds(lambda: [product(row) for product in products]) for _ in range(8))
+    return round(count * weight / elapsed / 1e9, 2)
 
 
 def seconds(work: Callable[[], object]) -> float:

@@ -9,12 +9,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from rich.table import Table
 from rich.text import Text
 from torch import Tensor
 
 from gdn.doctor_kernels import Check, choice, kernels_on_gpu, rule
+from gdn.generation.cpu_products import product_with
 from gdn.generation.engine import decode_dtype
 
 _OPTIONAL = {
@@ -108,9 +108,9 @@ def _decode_checks(times: dict[torch.dtype, float]) -> list[Check]:
 
 def _one_row_seconds(dtype: torch.dtype) -> float:
     """Fastest of many products of one row with a weight that is in no core's own cache."""
-    row = torch.ones(1, 1024, dtype=dtype)
-    weights = [torch.full((2816, 1024), 0.5, dtype=dtype) for _ in range(12)]
-    return min(_seconds(partial(F.linear, row, weight)) for _ in range(8) for weight in weights)
+    row = torch.ones(1, 1024)
+    products = [product_with(torch.full((2816, 1024), 0.5, dtype=dtype)) for _ in range(12)]
+    return min(_seconds(partial(product, row)) for _ in range(8) for product in products)
 
 
 def _matmul_check() -> Check:

@@ -4,6 +4,7 @@ The projections that read one input are joined (their parameters become views), 
 between them is float32 whatever the weights are. The same function as the modules, to rounding.
 """
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -82,14 +83,15 @@ class CPUDecoder:
         """Logits [vocab] after one more token of the one row in `state`, which is updated in place."""
         room = self._room
         with torch.no_grad():
-            x = room.x.copy_(self._embeddings[token])
-            for i, (layer, products) in enumerate(self._layers):
+            x = room.x_row.copy_(self._embeddings[token])
+            memory = zip(state.recurrent[:, 0].unbind(), state.conv[:, 0].unbind())
+            for (layer, products), (S, window) in zip(self._layers, memory):
                 room.projected.copy_(products.projections(self._normed(layer.mixer_norm)))
-                self._mix(layer, state.recurrent[i, 0], state.conv[i, 0])
-                x.add_(products.out(room.o)[0])
+                self._mix(layer, S, window)
+                x.add_(products.out(room.o))
                 room.ffn.copy_(products.ffn(self._normed(layer.ffn_norm)))
                 torch.mul(F.silu(room.ffn_gate, inplace=True), room.ffn_up, out=room.inner)
-                x.add_(products.down(room.inner)[0])
+                x.add_(products.down(room.inner))
             state.position += 1
             return self._head(self._normed(self._norm))[0]
 
@@ -147,7 +149,7 @@ class _Room:
         HV, V, keys, values = config.value_heads, config.head_v_dim, config.key_dim, config.value_dim
         channels = 2 * keys + values
         self.x, self.h, self.nothing = torch.zeros(3, config.hidden_size)
-        self.h_row = self.h[None]
+        self.x_row, self.h_row = self.x[None], self.h[None]
         self.projected = torch.empty(1, channels + 2 * HV + (values if config.use_gate else 0))
         self.y, self.a, self.b, self.gate = self.projected[0].tensor_split([channels, channels + HV, channels + 2 * HV])
         self.qk = self.y[: 2 * keys].view(2, config.num_heads, config.head_dim)
@@ -187,10 +189,11 @@ def _products(model: GatedDeltaNetLM) -> _Products:
     weights = model.parameters()
     known = [(weight.data_ptr(), 0 if weight.is_inference() else weight._version) for weight in weights]
     if model not in _made or _made[model][0] != known:
-        layers = []
-        for block in model.model.layers:
-            layer = layer_weights(block)  # type: ignore[arg-type]
-            large = (layer.projections, layer.out, layer.ffn, layer.down)
-            layers.append((layer, _LayerProducts(*(product_with(weight) for weight in large))))
-        _made[model] = known, (layers, product_with(model.lm_head.weight))
+        layers = [layer_weights(block) for block in model.model.layers]  # type: ignore[arg-type]
+        large = [(layer.projections, layer.out, layer.ffn, layer.down) for layer in layers]
+        # FBGEMM packs on one core, 11 ns a weight, and lets other threads run meanwhile.
+        with ThreadPoolExecutor(torch.get_num_threads()) as pool:
+            head = pool.submit(product_with, model.lm_head.weight)
+            products = list(pool.map(lambda weights: _LayerProducts(*map(product_with, weights)), large))
+        _made[model] = known, (list(zip(layers, products)), head.result())
     return _made[model][1]
