@@ -230,7 +230,7 @@ def _choose_dtype(device: str, stored: torch.dtype) -> tuple[torch.dtype, str]:
     if stored == torch.bfloat16 and cpu_has_bf16_dots():
         return stored, "as stored: this CPU has bf16 dot products"
     if stored == torch.bfloat16 and cpu_widens_bf16():
-        return stored, "as stored: this CPU reads one row's bf16 weights at the memory's speed"
+        return stored, "as stored: half the bytes, and this CPU's products read them as fast"
     if stored == torch.bfloat16:
         return torch.float32, "this CPU has no bf16 dot products, without which PyTorch's bf16 may be many times slower"
     return torch.float32, f"{str(stored).removeprefix('torch.')} is not decoded on CPUs"

@@ -18,9 +18,9 @@ def cpu_has_bf16_dots() -> bool:
 
 
 def cpu_widens_bf16() -> bool:
-    """Whether PyTorch's one-row bf16 product widens on the fly and so reads weights at the memory's speed: AVX2 alone.
+    """Whether one row's product with bf16 weights takes half the time of one with float32 weights: AVX2 alone.
 
-    With AVX-512 but without bf16 dots another library, oneDNN, takes the product over; that was not measured.
+    With AVX-512 but without bf16 dots other kernels, oneDNN's among them, take the products over; those were not measured.
     """
     return "avx2" in _capabilities() and not _capabilities() & _AVX512
 
