@@ -77,14 +77,19 @@ class HarnessModel(TemplateLM):
         if not texts:
             return []
         if add_special_tokens is not None:
-            return list(self.tokenizer(list(texts), add_special_tokens=add_special_tokens)["input_ids"])
+            return self._ids(texts, add_special_tokens=add_special_tokens)
         bos = self.tokenizer.decode(self.prefix_token_id)
-        plain = [text for text in texts if not has_bos_prefix(text, bos)]
-        begun = [text for text in texts if has_bos_prefix(text, bos)]
+        begins = [has_bos_prefix(text, bos) for text in texts]
         # Not add_special_tokens=True: what a tokenizer does by itself is for it to say.
-        with_special = iter(self.tokenizer(plain)["input_ids"] if plain else [])
-        without = iter(self.tokenizer(begun, add_special_tokens=False)["input_ids"] if begun else [])
-        return [list(next(without if has_bos_prefix(text, bos) else with_special)) for text in texts]
+        with_special = iter(self._ids([text for text, begun in zip(texts, begins) if not begun]))
+        without = iter(self._ids([text for text, begun in zip(texts, begins) if begun], add_special_tokens=False))
+        return [next(without if begun else with_special) for begun in begins]
+
+    def _ids(self, texts: Sequence[str], **options: bool) -> list[list[int]]:
+        if not texts:
+            return []
+        found = self.tokenizer(list(texts), return_attention_mask=False, return_token_type_ids=False, **options)
+        return [list(ids) for ids in found["input_ids"]]
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         pairs = [_move_spaces(*request.args) for request in requests]

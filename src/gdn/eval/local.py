@@ -6,7 +6,7 @@ alone; the tasks themselves are the harness's.
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -98,28 +98,30 @@ def as_dataset(task: str, documents: Documents, limit: int | None = None) -> Cal
     split = SOURCES[task].split
 
     def make(**metadata: Any) -> dict[str, Any]:
-        import datasets
-
-        return {split: _mapped_once(datasets.Dataset.from_list(documents.rows[:limit]))}
+        return {split: Rows(documents.rows[:limit])}
 
     return make
 
 
-def _mapped_once(dataset: Any) -> Any:
-    """The dataset, remembering what a function made of it: the harness prepares HellaSwag's documents five times a run.
+class Rows(list[Document]):
+    """What the harness uses of a datasets.Dataset, whose conversions of every row at every reading take longer than a GPU does.
 
-    A function is known by its code, for the harness defines it anew each time.
+    `map` remembers what a function made: the harness prepares HellaSwag's documents five times a run. A function is known by
+    its code, for the harness defines it anew each time.
     """
-    mapped: dict[Any, Any] = {}
-    plain = dataset.map
 
-    def map_once(function: Callable[[Document], Document]) -> Any:
-        if function.__code__ not in mapped:
-            mapped[function.__code__] = plain(function)
-        return mapped[function.__code__]
+    def __init__(self, rows: Iterable[Document]) -> None:
+        super().__init__(rows)
+        self._mapped: dict[Any, Rows] = {}
 
-    dataset.map = map_once
-    return dataset
+    @property
+    def features(self) -> Document:
+        return self[0] if self else {}
+
+    def map(self, function: Callable[[Document], Document]) -> "Rows":
+        if function.__code__ not in self._mapped:
+            self._mapped[function.__code__] = Rows({**row, **function(row)} for row in self)
+        return self._mapped[function.__code__]
 
 
 def _wanted_rows(folder: Path, source: Source) -> int:
