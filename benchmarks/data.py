@@ -90,10 +90,8 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any]:
     from gdn.data.readers import read_documents
     from gdn.data.tokenizer import load_tokenizer
 
-    tokenizer = load_tokenizer(args.tokenizer)
-    documents = read_documents(str(args.source))
-    texts = [document.text for _, document in zip(range(args.documents), documents)]
-    inner = tokenizers.Tokenizer.from_str(tokenizer.serialized.decode())
+    texts = [document.text for _, document in zip(range(args.documents), read_documents(str(args.source)))]
+    inner = tokenizers.Tokenizer.from_str(load_tokenizer(args.tokenizer).serialized.decode())
     inner.encode_special_tokens = True
 
     def plain(size: int) -> list[list[int]]:
@@ -116,7 +114,7 @@ def tokenize(args: argparse.Namespace) -> dict[str, Any]:
             return _prepare(folder / "texts", args.tokenizer, folder / "out", engine, tokens + len(texts)) - startup
 
         wanted = plain(100)
-        assert ours() == wanted, "ids differ"
+        assert ours() == wanted
         tokens = sum(map(len, wanted))
         calls: dict[str, Callable[[], float]] = {
             "encode_batch 100": lambda: _seconds(lambda: plain(100)),

@@ -150,9 +150,7 @@ def _run(
         splits, totals = assemble(kept, folder, DTYPES[dtype])
         if TRAIN not in splits:
             shutil.rmtree(work / "tasks")  # there is nothing in them to go on with
-            bad = f"; {totals.bad} bad files or rows skipped, the first: {totals.first_bad}" if totals.bad else ""
-            blank = f"; {totals.blank} without text, the first: {totals.first_blank}" if totals.blank else ""
-            raise DataError(f"{', '.join(source.spec for source in sources)}: empty: no text to train on{bad}{blank}")
+            raise DataError(f"{', '.join(source.spec for source in sources)}: empty: no text to train on{_why(totals)}")
         if totals.bad and not options.skip_bad:  # an earlier call skipped it
             raise DataError(totals.first_bad)
         manifest = Manifest(
@@ -179,6 +177,11 @@ def _run(
         tokenizer.save(folder / TOKENIZER)
         write_manifest(manifest, folder)
     return manifest
+
+
+def _why(totals: Totals) -> str:
+    bad = f"; {totals.bad} bad files or rows skipped, the first: {totals.first_bad}" if totals.bad else ""
+    return bad + (f"; {totals.blank} without text, the first: {totals.first_blank}" if totals.blank else "")
 
 
 def _left_out(totals: Totals) -> dict[str, Any]:
