@@ -55,6 +55,19 @@ def test_top_k_is_exact_among_equal_logits_and_prefers_the_lower_id() -> None:
     assert kept_ids(Sampling(top_k=30), torch.zeros(1, 100)) == list(range(30))  # long enough for an unstable sort to show
 
 
+@pytest.mark.parametrize(("top_k", "top_p"), [(40, None), (None, 0.9), (300, 0.5), (None, 1e-6), (5000, 0.999)])
+def test_the_kept_set_is_that_of_a_stable_sort_of_many_equal_logits(top_k: int | None, top_p: float | None) -> None:
+    logits = torch.randn(3, 4000, generator=torch.Generator().manual_seed(5)).mul(4).round()
+    logits[:, ::7] = -torch.inf
+    ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
+    kept = torch.arange(4000).expand(3, -1) < (top_k or 4000)
+    if top_p is not None:
+        probabilities = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
+        kept = kept & (probabilities.cumsum(-1) - probabilities < top_p)
+    wanted = torch.zeros_like(kept).scatter_(-1, ids, kept)
+    assert torch.equal(keep(logits, Sampling(top_k=top_k, top_p=top_p)), wanted)
+
+
 def test_top_p_of_one_keeps_tokens_that_the_rounded_sum_would_drop() -> None:
     logits = torch.zeros(1, 1000)
     logits[0, 500:] = -30.0
