@@ -115,6 +115,22 @@ def test_tokens_and_places_that_are_none(folder: Path) -> None:
         check_folder(folder)
 
 
+@pytest.mark.parametrize("block", [1, 3, 7])
+def test_what_is_found_does_not_hang_on_blocks(folder: Path, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    def found() -> str:
+        with pytest.raises(DataError) as caught:
+            check_folder(folder)
+        return str(caught.value)
+
+    edit(folder, lambda m: (m.update(bos_id=5, eos_id=6), train(0, bytes=1)(m)))
+    whole = found()
+    assert len(whole.splitlines()) > 6
+    monkeypatch.setattr("gdn.data.check._BLOCK", block)
+    assert found() == whole
+    edit(folder, lambda m: (m.update(bos_id=0, eos_id=0), train(0, bytes=2)(m)))
+    assert len(found().splitlines()) == 1
+
+
 def test_a_split_of_the_sources_own_is_no_matter_of_hashes(tmp_path: Path) -> None:
     prepare_texts(TEXTS[10:], WORDS, tmp_path / "out", TEXTS[:10], holdout=0.5)
     check_folder(tmp_path / "out")

@@ -13,7 +13,7 @@ from gdn.data.shards import DOCS_DTYPE, DTYPES, HELDOUT, MANIFEST, TOKENIZER, Ma
 from gdn.data.tokenizer import Tokenizer, load_tokenizer
 from gdn.errors import DataError
 
-_BLOCK = 1 << 22  # tokens
+_BLOCK = 1 << 22  # tokens, documents
 _LOOKED_AT = 8  # documents of a shard whose hash is compared with their split
 _LONGEST = 20_000  # tokens of such a document
 
@@ -65,7 +65,7 @@ def _of_the_shards(
             if progress is not None:
                 progress(file.name)
             tokens = np.memmap(folder / file.name, dtype=DTYPES[manifest.dtype], mode="r")
-            starts = np.fromfile(folder / file.docs_name, dtype=DOCS_DTYPE).astype(np.int64)
+            starts = np.memmap(folder / file.docs_name, dtype=DOCS_DTYPE, mode="r")
             yield from (f"splits.{split}[{i}]: {line}" for line in _of_a_shard(tokens, starts, file, specials, lengths, size))
             if lengths is not None and file.source in by_hash:
                 looked += _held_out(tokens, starts, tokenizer, share)
@@ -80,7 +80,7 @@ def _of_a_shard(
     lengths: ByteLengths | None,
     vocab_size: int,
 ) -> Iterator[str]:
-    if starts[0] != 0 or starts[-1] >= file.tokens or (np.diff(starts) <= 0).any():
+    if starts[0] != 0 or any((begins >= ends).any() for begins, ends in _ranges(starts, file.tokens)):
         yield f"{file.docs_name} does not hold {file.documents} ascending places from 0 to {file.tokens - 1}"
         return
     counts = np.zeros(vocab_size, dtype=np.int64)
@@ -90,9 +90,10 @@ def _of_a_shard(
             yield f"a token {int(block.max())} in {file.name}; expected less than the tokenizer's {vocab_size}"
             return
         counts += np.bincount(block, minlength=vocab_size)
-    for name, places in (("bos", starts), ("eos", np.append(starts[1:], file.tokens) - 1)):
-        special = specials[name]
-        if special is not None and (lacking := int((tokens[places] != special).sum())):
+    for name, special in specials.items():
+        ranges = _ranges(starts, file.tokens) if special is not None else ()
+        lacking = sum(int((tokens[begins if name == "bos" else ends - 1] != special).sum()) for begins, ends in ranges)
+        if lacking:
             yield f"{lacking} of {file.documents} documents in {file.name} without {name}_id = {special}"
     if lengths is not None:
         counts[[special for special in specials.values() if special is not None and special < vocab_size]] = 0
@@ -102,12 +103,21 @@ def _of_a_shard(
             yield f"bytes is {file.bytes}; expected {wanted}, the text of {file.name}"
 
 
+def _ranges(starts: np.ndarray, tokens: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Where documents begin and end, int64, some at a time: a shard may have any number."""
+    for first in range(0, len(starts), _BLOCK):
+        edges = starts[first : first + _BLOCK + 1].astype(np.int64)
+        if first + _BLOCK >= len(starts):
+            edges = np.append(edges, tokens)
+        yield edges[:-1], edges[1:]
+
+
 def _held_out(tokens: np.ndarray, starts: np.ndarray, tokenizer: Tokenizer, share: float) -> Iterator[bool]:
     """Of some documents of a shard, whether they are held out by the hash of their text."""
-    ends = np.append(starts[1:], len(tokens))
-    for i in np.unique(np.linspace(0, len(starts) - 1, _LOOKED_AT).astype(np.int64)):
-        if ends[i] - starts[i] <= _LONGEST:
-            yield is_held_out(text_digest(tokenizer.decode(tokens[starts[i] : ends[i]].tolist())), share)
+    for i in np.unique(np.linspace(0, len(starts) - 1, _LOOKED_AT).astype(np.int64)).tolist():
+        begin, end = int(starts[i]), int(starts[i + 1]) if i + 1 < len(starts) else len(tokens)
+        if end - begin <= _LONGEST:
+            yield is_held_out(text_digest(tokenizer.decode(tokens[begin:end].tolist())), share)
 
 
 def _of_the_holdout(split: str, looked: list[bool], share: Any) -> Iterator[str]:
