@@ -314,7 +314,7 @@ def show(name: str, row: Result) -> None:
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", default=",".join(ROWS), help="some of " + ",".join(ROWS))
-    parser.add_argument("--peers", default=",".join(PEERS), help="some of the default %(default)s; some tune for minutes")
+    parser.add_argument("--peers", default=",".join(PEERS), help="some or none of %(default)s; some tune for minutes")
     parser.add_argument("--write", action="store_true", help="write ops_<gpu>.json, or ops_accuracy_<gpu>.json")
     parser.add_argument("--output", type=Path, default=RESULTS, metavar="FOLDER", help="where to (default benchmarks/results)")
     parser.add_argument("--accuracy", action="store_true", help="errors against float64 instead of times")
@@ -328,7 +328,7 @@ def main(arguments: list[str] | None = None) -> None:
     rows = options.rows.split(",")
     if unknown := set(rows) - set(ROWS):
         parser.error(f"--rows: {', '.join(sorted(unknown))}: expected some of {', '.join(ROWS)}")
-    wanted = set(options.peers.split(","))
+    wanted = set(filter(None, options.peers.split(",")))
     if unknown := wanted - set(PEERS):
         parser.error(f"--peers: {', '.join(sorted(unknown))}: expected some of {', '.join(PEERS)}")
     gpu = torch.cuda.get_device_name().lower().replace("nvidia ", "").split()[0]
@@ -349,6 +349,7 @@ def main(arguments: list[str] | None = None) -> None:
             sizes,
             options.quick,
             options.having,
+            "fla" in wanted,
             lambda results: write(target, about | {"results": results}) if options.write else None,
         )
         return

@@ -38,7 +38,7 @@ from gdn.ops import triton_short_conv as conv
 from gdn.ops import triton_short_conv_backward as conv_backward
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227}
-NAMES = {torch.bfloat16: "bf16", torch.float32: "fp32"}
+NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
 PTXAS = Path(triton.backends.nvidia.__file__).parent / "bin" / "ptxas"
 
 
@@ -106,7 +106,10 @@ def rule_kernels(arch: int, K: int, dtype: torch.dtype) -> Iterator[dict[str, An
     yield compiled(
         arch, triton_forward._intra, values, sizes | {"BK": table["intra"].block, "MIN_G": -104.0}, **table["intra"].launch()
     )
-    for saved in (values, values | {"X": None, "states": None, "final_state": "*fp32"}):
+    forms = [values, values | {"X": None, "states": None, "final_state": "*fp32"}]
+    if narrow:  # whose forward has a product more in float16
+        forms.append(values | dict.fromkeys(arrays, "*fp16"))
+    for saved in forms:
         yield compiled(arch, triton_forward._states, saved, wide | {"BV": table["states"].block}, **table["states"].launch())
     config = table["d_states"]
     yield compiled(arch, triton_backward._d_states, values, wide | {"BV": config.block}, **config.launch())
@@ -233,21 +236,23 @@ def training_kernels(arch: int) -> Iterator[dict[str, Any]]:
     yield compiled(arch, triton_cross_entropy._cross_entropy, values, constants, num_warps=triton_cross_entropy.NUM_WARPS)
 
 
-def hopper_kernels(K: int) -> Iterator[dict[str, Any]]:
+def hopper_kernels(K: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     from gdn.ops import triton_hopper_gradients, triton_hopper_states
 
-    V, BK, token, square, vector = max(K, 128), min(K, 128), tile(1, 64, 64), tile(64, 64), tile(1, 64, dtype="fp32")
-    key = tile(1, 64, BK)
+    name, V, BK = NAMES[dtype], max(K, 128), min(K, 128)
+    token, square, key = (tile(*block, dtype=name) for block in ((1, 64, 64), (64, 64), (1, 64, BK)))
+    vector, x = tile(1, 64, dtype="fp32"), "*" + name
     values = {"k_in": key, "q_in": key, "A_in": square, "P_in": square, "values_in": token, "gates_in": vector, "out": token}
     values |= {"gates_pointer": "*fp32", "scale": "fp32", "T": "i32", "per_row": "i32"}
     sizes = {"H": 4, "HV": 4, "K": K, "V": V}
-    saved, ends = {"states": "*bf16"}, {"states": "*bf16", "first_state": "*fp32", "last_state": "*fp32"}
-    for extra, reverse in (({}, False), (saved | {"X_out": token}, False), (saved, True), (ends, True)):
+    saved, ends = {"states": x}, {"states": x, "first_state": "*fp32", "last_state": "*fp32"}
+    forms: tuple[tuple[dict[str, Any], bool], ...] = (saved | {"X_out": token}, False), ({}, False), (saved, True), (ends, True)
+    for extra, reverse in forms[:1] if dtype == torch.float16 else forms:  # in float16 the forward alone is different
         constants = sizes | {"BK": BK, "REVERSE": reverse}
         yield compiled(90, triton_hopper_states._states, values | extra, constants, num_warps=4, maxnreg=168)
-    if K >= 128:
+    if K >= 128 and dtype != torch.float16:
         tiles = dict.fromkeys(("q_in", "k_in", "X_in", "do_in", "dv_in"), token) | {"S_in": square, "D_in": square}
-        values = tiles | {"gates_in": vector, "dq": "*bf16", "dk": "*bf16", "partial": "*fp32", "scale": "fp32"}
+        values = tiles | {"gates_in": vector, "dq": x, "dk": x, "partial": "*fp32", "scale": "fp32"}
         values |= dict.fromkeys(("tiles", "tiles_in_all", "T", "per_row"), "i32")
         yield compiled(90, triton_hopper_gradients._gradients, values, sizes, num_warps=4, maxnreg=168)
 
@@ -261,7 +266,8 @@ def main() -> None:
 
     for K in (64, 128, 256) if every else (128, 256) if arch == 90 else (256,):
         if arch == 90:
-            take(K, torch.bfloat16, hopper_kernels(K))
+            for dtype in (torch.bfloat16, torch.float16):
+                take(K, dtype, hopper_kernels(K, dtype))
         if arch == 90 and not every:
             continue  # compiling the others for it takes a minute
         take(K, torch.bfloat16, rule_kernels(arch, K, torch.bfloat16))

@@ -25,6 +25,10 @@ from gdn.ops import gated_delta_rule, gated_delta_rule_with_state
 
 pytest.importorskip("triton")
 
+from triton._C.libtriton.ir import INPUT_PRECISION
+from triton.language import float32 as float32_type
+from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
+
 if torch.cuda.is_available():
     pytest.skip("test_triton_gpu.py has these on a GPU", allow_module_level=True)
 
@@ -110,6 +114,43 @@ def test_float16_keeps_the_digits_of_what_decay_and_small_beta_leave(g: float, b
     wanted = run_mixed({name: x.double() for name, x in inputs.items()}, backend="reference")
     assert relative_error(got["d_initial_state"], wanted["d_initial_state"]) <= 5e-4
     assert relative_error(got["o"], wanted["o"]) <= 6e-4
+
+
+def test_float16_keeps_what_rounding_takes_from_the_writes() -> None:
+    """Mild decay and every token a write: before it is multiplied by A, a write is rounded, which d_beta and the state show."""
+    inputs = half_inputs(rule_inputs(Shape(1, 128, 4, 4, 64, 64), seed=3))
+    inputs["g"] = torch.full_like(inputs["g"], -0.1)
+    got = run_mixed(inputs, backend="triton")
+    wanted = run_mixed({name: x.double() for name, x in inputs.items()}, backend="torch")
+    assert relative_error(got["d_beta"], wanted["d_beta"]) <= 3.2e-4
+    assert relative_error(got["final_state"], wanted["final_state"]) <= 2.5e-4
+
+
+def test_the_initial_states_gradient_rounds_to_nearest_what_tensor_cores_cut(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter multiplies tf32 as float32; here it takes of each operand what tensor cores take."""
+    dot, cut = InterpreterBuilder.create_dot, []
+
+    def create_dot(self: Any, a: Any, b: Any, d: Any, precision: Any, most: int) -> Any:
+        if precision == INPUT_PRECISION.TF32 and a.dtype == b.dtype == float32_type:
+            a, b = (TensorHandle((x.data.view("int32") & -0x2000).view("float32"), x.dtype) for x in (a, b))
+            cut.append(a)
+        return dot(self, a, b, d, precision, most)
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", create_dot)
+    inputs = half_inputs(rule_inputs(Shape(16, 1, 1, 2, 64, 64)))
+    got = run_mixed(inputs, backend="triton")
+    wanted = run_mixed({name: x.double() for name, x in inputs.items()}, backend="reference")
+    assert cut and relative_error(got["d_initial_state"], wanted["d_initial_state"]) <= 4e-5
+
+
+def test_a_nan_of_all_ones_is_not_rounded_to_a_number() -> None:
+    inputs = half_inputs(rule_inputs(Shape(1, 1, 1, 1, 64, 32)))
+    leaf = inputs.pop("initial_state").requires_grad_()
+    _, final_state = gated_delta_rule_with_state(**inputs, initial_state=leaf, backend="triton")
+    nan = torch.full(final_state.shape, 2**31 - 1, dtype=torch.int32).view(torch.float32)
+    nan[:, :, 1:] = 0
+    (d,) = torch.autograd.grad(final_state, leaf, nan)
+    assert d.isnan().all()  # every key takes of the first key's
 
 
 def test_no_initial_state_is_a_zero_state() -> None:

@@ -202,6 +202,17 @@ def _d_states(
 
 
 @triton.jit
+def _operand(x, PRECISION: tl.constexpr):
+    """Float32 x, rounded to the 11 bits of tf32 if that is what a product takes of it: the tensor cores cut the others off,
+    always towards zero, which adds up to three times the error.
+    """
+    if PRECISION == "tf32":
+        rounded = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, rounded, x)  # a nan's bits may all be ones
+    return x
+
+
+@triton.jit
 def _d_initial(
     q, k, A, P, gates, do, d_initial, cu_seqlens, first, scale, T, per_row,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
@@ -209,7 +220,8 @@ def _d_initial(
 ):  # fmt: skip
     """Take d_initial, the gradient of the state after a sequence's first chunk, over that chunk, in place.
 
-    As `_d_states` would, but with float32's range and no 16-bit rounding: nothing comes after that would average its errors.
+    As `_d_states` would, but with float32's range: nothing comes after that would average its errors. What is 16 bits wide in
+    memory is exact in tf32, the rest is rounded to it.
     """
     NV: tl.constexpr = V // BV
     pid = tl.program_id(0)
@@ -229,14 +241,14 @@ def _d_initial(
     d = tl.zeros([BV, 64], tl.float32)
     for start in tl.static_range(0, K, BK):
         k_ = tl.load(k + keys + start, mask=valid[:, None], other=0.0).to(tl.float32)
-        d = tl.dot(tl.load(state + start * V), tl.trans(k_), d, input_precision=PRECISION)
+        d = tl.dot(_operand(tl.load(state + start * V), PRECISION), tl.trans(k_), d, input_precision=PRECISION)
     do_ = tl.load(do + own, mask=valid[None, :], other=0.0).to(tl.float32)
     d *= (tl.load(gates + tile * 7 + 64 + rows) * LIFT)[None, :]
     d = tl.dot(do_, tl.load(P + square).to(tl.float32), d, input_precision=PRECISION)
-    dv = tl.dot(d / LIFT, tl.load(A + square).to(tl.float32), input_precision=PRECISION)
+    dv = tl.dot(_operand(d / LIFT, PRECISION), tl.load(A + square).to(tl.float32), input_precision=PRECISION)
     before = tl.load(gates + tile * 7 + rows)
     over = tl.load(gates + tile * 7 + 63)
-    read, erased = do_ * (before * scale)[None, :], dv * -before[None, :]
+    read, erased = _operand(do_ * (before * scale)[None, :], PRECISION), _operand(dv * -before[None, :], PRECISION)
     for start in tl.static_range(0, K, BK):
         q_ = tl.load(q + keys + start, mask=valid[:, None], other=0.0).to(tl.float32)
         k_ = tl.load(k + keys + start, mask=valid[:, None], other=0.0).to(tl.float32)

@@ -303,7 +303,12 @@ def _states(
             U = tl.dot(narrow, tl.trans(k1), U, input_precision=PRECISION)
             o_ = tl.dot(narrow, tl.trans(q1), o_, input_precision=PRECISION)
         v_ = tl.load(v + own, mask=valid[None, :], other=0.0).to(tl.float32)
-        X_ = tl.dot((v_ - before[None, :] * U).to(dtype), tl.trans(tl.load(A + square)), input_precision=PRECISION)
+        W = v_ - before[None, :] * U
+        narrow = W.to(dtype)
+        A_ = tl.trans(tl.load(A + square))
+        X_ = tl.dot(narrow, A_, input_precision=PRECISION)
+        if dtype == tl.float16:  # what rounding took from W would be a third of d_beta's error
+            X_ = tl.dot((W - narrow.to(tl.float32)).to(dtype), A_, X_, input_precision=PRECISION)
         if X is not None:
             tl.store(X + own, X_.to(dtype), mask=valid[None, :])
         o_ = tl.dot(

@@ -195,9 +195,15 @@ def _forward(
             U, N = warpgroup_mma_wait(0, deps=[U, N])
         v = values.index(slot * 2 + GROUP).reshape([64, 64]).permute((1, 0)).load(_SQUARE).to(gl.float32)
         before = gates.index(slot * 2).reshape([64]).load(_TOKEN)
-        W = gl.convert_layout((v - before[None, :] * U).to(dtype), _OPERAND)
+        whole = v - before[None, :] * U
+        W = gl.convert_layout(whole.to(dtype), _OPERAND)
         X = warpgroup_mma(W, A.index(slot).permute((1, 0)), zeros, use_acc=False, is_async=True)
-        X, W = warpgroup_mma_wait(0, deps=[X, W])
+        if dtype == gl.float16:  # `triton_forward` says why
+            rest = gl.convert_layout((whole - whole.to(dtype).to(gl.float32)).to(dtype), _OPERAND)
+            X = warpgroup_mma(rest, A.index(slot).permute((1, 0)), X, is_async=True)
+            X, W, rest = warpgroup_mma_wait(0, deps=[X, W, rest])
+        else:
+            X, W = warpgroup_mma_wait(0, deps=[X, W])
         # X waits in shared memory, not in registers, while the outputs are made.
         _stage(X_out, X.to(dtype), staging, n, i, hv * V + first_value)
         X_ = staging.index(0).reshape([64, 64]).permute((1, 0))
