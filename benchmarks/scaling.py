@@ -61,28 +61,36 @@ def main() -> None:
     parser.add_argument("--device", default="cuda", help="cpu tries the script itself")
     args = parser.parse_args()
     counts = [int(count) for count in args.gpus.split(",")]
-    with tempfile.TemporaryDirectory() as folder:
-        runs = [measure(count, args, turn, Path(folder)) for turn in range(args.turns) for count in counts]
-    medians = {
-        count: statistics.median(float(str(r["tokens_per_second"])) for r in runs if r["gpus"] == count) for count in counts
-    }
-    first = min(counts)
-    for count, speed in medians.items():
-        print(f"{count} GPUs: {speed:,.0f} tokens/s, {speed / medians[first]:.3f} times {first}")
-    for count in counts[1:]:
-        pairs = zip(runs[0]["losses"], next(r for r in runs if r["gpus"] == count)["losses"])  # type: ignore[call-overload]
-        print(f"{count} GPUs: losses within {max(abs(a - b) for a, b in pairs):.2e} of those of {counts[0]}")
     name = torch.cuda.get_device_name().split()[-1].lower() if torch.cuda.is_available() else "cpu"
     record = {
         "machine": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu",
         "torch": torch.__version__,
         "date": time.strftime("%Y-%m-%d"),
         "command": " ".join(["python", *sys.argv]),
-        "tokens_per_second": medians,
-        "runs": runs,
     }
-    if args.device == "cuda":
-        Path(f"benchmarks/results/scaling_{name}.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    runs: list[dict[str, object]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for turn in range(args.turns):
+            for count in counts:
+                runs.append(measure(count, args, turn, Path(folder)))
+                record |= {"tokens_per_second": medians(runs), "runs": runs}
+                if args.device == "cuda":  # after each: what is measured is kept if the rest is cut short
+                    path = Path(f"benchmarks/results/scaling_{name}.json")
+                    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    first = min(counts)
+    for count, speed in medians(runs).items():
+        print(f"{count} GPUs: {speed:,.0f} tokens/s, {speed / medians(runs)[first]:.3f} times {first}")
+    for count in counts[1:]:
+        pairs = zip(runs[0]["losses"], next(r for r in runs if r["gpus"] == count)["losses"])  # type: ignore[call-overload]
+        print(f"{count} GPUs: losses within {max(abs(a - b) for a, b in pairs):.2e} of those of {counts[0]}")
+
+
+def medians(runs: list[dict[str, object]]) -> dict[object, float]:
+    """Tokens a second by number of GPUs."""
+    speeds: dict[object, list[float]] = {}
+    for run in runs:
+        speeds.setdefault(run["gpus"], []).append(float(str(run["tokens_per_second"])))
+    return {count: statistics.median(values) for count, values in speeds.items()}
 
 
 if __name__ == "__main__":

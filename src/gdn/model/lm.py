@@ -172,8 +172,9 @@ class GatedDeltaNetLM(nn.Module):
             return LMOutput(loss_sum, None, state)
         if last_only:
             hidden = hidden[:, -1] if cu_seqlens is None else hidden[0, (cu_seqlens[1:] - 1).long()]
-            if hidden.is_cuda and not torch.is_grad_enabled():
-                return LMOutput(None, row_product(hidden, self.lm_head.weight.to(hidden.dtype)), state)
+            weight = self.lm_head.weight
+            if hidden.is_cuda and not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
+                return LMOutput(None, row_product(hidden, weight.to(hidden.dtype)), state)
         return LMOutput(None, self.lm_head(hidden), state)
 
     def new_state(self, rows: int) -> DecodeState:
