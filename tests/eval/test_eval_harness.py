@@ -23,7 +23,7 @@ from lm_eval.models.huggingface import HFLM
 from gdn.errors import CheckpointError, ConfigError, DataError
 from gdn.eval import harness
 from gdn.eval.adapter import HarnessModel
-from gdn.eval.local import SOURCES, read_documents
+from gdn.eval.local import SOURCES, Rows, read_documents
 from gdn.eval.scoring import Scorer
 from gdn.hf import GatedDeltaNetConfig, GatedDeltaNetForCausalLM
 from gdn.model.lm import GatedDeltaNetLM
@@ -205,6 +205,19 @@ def test_templates_are_compiled_once(
     assert result["documents"] == 3 and compiled
     assert max(Counter(compiled).values()) == 2  # once as the task is set up, once for all documents
     assert "from_string" not in vars(lm_eval.utils.env)  # as it was before
+
+
+def test_documents_are_prepared_once() -> None:
+    prepared = []
+
+    def prepare() -> Callable[[dict[str, Any]], dict[str, Any]]:
+        return lambda row: prepared.append(row["page"]) or {"page": row["page"].upper()}  # type: ignore[func-returns-value]
+
+    rows = Rows([{"page": "a", "n": 1}, {"page": "b", "n": 2}])
+    first, again = rows.map(prepare()), rows.map(prepare())  # two functions of one code, as the harness makes them
+    assert first == [{"page": "A", "n": 1}, {"page": "B", "n": 2}] and again is first
+    assert rows.map(lambda row: {"n": 0}) == [{"page": "a", "n": 0}, {"page": "b", "n": 0}]
+    assert prepared == ["a", "b"] and rows[0] == {"page": "a", "n": 1}
 
 
 def test_what_a_result_tells(model: GatedDeltaNetLM, tokenizer: Any, data: Path) -> None:
