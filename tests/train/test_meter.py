@@ -55,6 +55,15 @@ def test_what_is_not_known_is_not_there() -> None:
     assert not {"mfu", "mfu_measured", "watts", "energy_kwh"} & row.keys()
 
 
+def test_a_peak_below_what_was_reached_gives_no_share(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch)
+    meter = Meter(CPU, forward_flops_per_token=1000, world_size=1, peak=Peak(3e6, 2.9e6))
+    clock.now += 1.0
+    meter.step(tokens=1000)
+    row = meter.row(steps_left=0)
+    assert row["mfu"] == pytest.approx(1.0) and "mfu_measured" not in row
+
+
 @pytest.mark.parametrize(
     ("name", "tera"),
     [

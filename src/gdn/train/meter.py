@@ -155,7 +155,7 @@ class Meter:
 
         tokens_per_second; seconds_left; data_wait, a share of the time; mfu (of the nominal peak) and mfu_measured (of the
         measured one); memory_gib, the peak that torch allocated on CUDA, else of the process; watts and energy_kwh of this
-        process's GPU. What is not known is not there.
+        process's GPU. What is not known, or cannot be, is not there.
         """
         wall = max(time.monotonic() - self._since, 1e-9)
         seconds = max(wall - self._aside, 1e-9)
@@ -168,7 +168,7 @@ class Meter:
         }
         used = self._flops_per_token * speed / self._world_size
         for name, peak in (("mfu", self._peak.nominal), ("mfu_measured", self._peak.measured)):
-            if peak is not None:
+            if peak is not None and used <= peak:  # more than a measured peak: something else ran while it was measured
                 row[name] = used / peak
         joules = self._energy.joules()
         if joules is not None and self._joules is not None and self._joules_at_start is not None:
