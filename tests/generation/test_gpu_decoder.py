@@ -76,12 +76,19 @@ def test_a_step_is_the_modules_step(switches: dict[str, Any]) -> None:
     agrees(build(**switches), rows=1)
 
 
-@pytest.mark.parametrize("few", [True, False], ids=["few", "many"])
-def test_a_step_of_several_rows_is_the_modules_step(few: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By the kernels of few rows with norms and gates of their own, and by those of many."""
-    monkeypatch.setattr(triton_linear, "FUSED", 1)
-    monkeypatch.setattr(triton_linear, "FEW", 16 if few else 1)
-    agrees(build(num_hidden_layers=2), rows=3)
+@pytest.mark.parametrize("rows", [3, 17])
+def test_a_step_of_several_rows_is_the_modules_step(rows: int) -> None:
+    """By the tiles of few rows and of more."""
+    agrees(build(num_hidden_layers=2), rows)
+
+
+def test_what_the_last_norm_gives() -> None:
+    model = build()
+    ids, state = torch.tensor([3, 9], device=DEVICE), read_state(model, 2)
+    with torch.no_grad():
+        wanted = model.model(ids[:, None], state=state.fork())[:, 0]
+    logits, h = GPUDecoder(model).read(ids, state.fork())
+    assert relative(h, wanted) < 1e-5 and torch.equal(logits, GPUDecoder(model).step(ids, state))
 
 
 def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -152,58 +152,52 @@ def other_kernels(arch: int, K: int) -> Iterator[dict[str, Any]]:
         yield compiled(arch, kernel, layer, constants, num_warps=triton_gates.NUM_WARPS)
 
 
+def products(arch: int, product: str, tile: triton_linear.Tile) -> dict[str, Any]:
+    """A product of decoding, of the published size."""
+    x, f = "*bf16", "*fp32"
+    N, K, size = {
+        "projections": (4104, 1024, 256),
+        "output": (1024, 1024, 256),
+        "ffn": (5632, 1024, 256),
+        "down": (1024, 2816, 256),
+        "head": (32000, 1024, 1024),
+    }[product]
+    values = dict.fromkeys(("x", "weight", "out", "next_h", "window", "conv"), x) | {"arrived": "*i32", "rows": "i32"}
+    values |= dict.fromkeys(("squares", "residual", "norm", "next_squares", "parts"), f) | {"eps": "fp32", "bias": None}
+    absent = {"residual", "norm", "next_h", "next_squares", "parts", "arrived", "window", "conv"}
+    own: dict[str, Any] = {"SQUARES": 64, "HEADS": 1, "GROUP": K // size, "W": 1, "D": 1}
+    if product in ("output", "down"):
+        absent = {"out", "window", "conv"}
+        own |= {"GROUP": triton_linear.group(K // size)}
+        own |= {"HEADS": 4, "SQUARES": 8} if product == "output" else {"HEADS": 0, "SQUARES": 0}
+    elif product == "projections":
+        absent -= {"window", "conv"}
+        own |= {"W": 4, "D": 3072}
+    values |= dict.fromkeys(absent) | ({"squares": None} if product == "down" else {})
+    values |= {"out": f} if product in ("projections", "head") else {}
+    own |= {"N": N, "K": K, "SEGMENT": size, "TO": product, "SPLIT": tile.split, "CHAINED": arch >= 90}
+    own |= {"BB": tile.rows, "BN": tile.weight_rows, "BK": tile.columns}
+    options = {"num_warps": tile.num_warps, "num_stages": tile.stages} | ({"launch_pdl": True} if arch >= 90 else {})
+    return compiled(arch, triton_linear._linear, values, own, **options)
+
+
 def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
     """Of the published size, for few rows and for many."""
     x, f, chained = "*bf16", "*fp32", {"CHAINED": arch >= 90}
-    pdl = {"launch_pdl": True} if arch >= 90 else {}
-    warps = {"num_warps": 4} | pdl
-    values = dict.fromkeys(("o", "gate", "norm", "weight", "h", "window", "embeddings", "conv", "bias"), x)
-    values |= dict.fromkeys(("parts", "newest", "x_out", "noise", "x", "logits", "noises", "chunks", "state"), f)
-    values |= dict.fromkeys(("A_log", "dt_bias"), f) | dict.fromkeys(("seeds", "position", "result"), "*i64") | {"ids": "*i32"}
-    numbers = ("rows", "N", "V", "x_stride", "out_stride", "columns", "newest_columns", "gate_at", "stride", "count", "top_k")
-    values |= dict.fromkeys(numbers, "i32") | dict.fromkeys(("eps", "scale", "inverse", "top_p"), "fp32")
-    move = {"W": 4, "D": 3072, "NEWEST": 4, "CHANNELS": 128}
-    yield compiled(arch, triton_rows._embed, values | {"ids": "*i64"}, {"K": 1024, "WIDTH": 1024} | chained, **warps)
-    sizes = {"K": 1024, "WIDTH": 1024, "PARTS": 4, "GROUP": 1}
-    yield compiled(arch, triton_rows._norm_rows, values, sizes | chained, **warps)
-    sizes = {"HV": 4, "V": 256, "PARTS": 1} | move | {"NEWEST": 1}
-    own = {"gate": x, "newest": x}
-    yield compiled(arch, triton_rows._gated_norm_rows, values | own, sizes | chained, **warps)
-    yield compiled(arch, triton_rows._swiglu_rows, values, {"F": 2816, "PARTS": 4} | chained, **warps)
-    few = {"K": 1024, "SEGMENT": 256, "ROWS": 1, "BB": 16, "PARTS": 4} | chained
-    still = {"W": 1, "D": 1, "NEWEST": 1, "CHANNELS": 128, "window": None, "newest": None}
-    for own, constants in (
-        ({"x": x}, few | still | {"BEFORE": "nothing", "PARTS": 0, "parts": None, "norm": None}),
-        ({"x": x}, few | move | {"BEFORE": "gated_norm", "ROWS": 4}),
-        ({}, few | still | {"BEFORE": "swiglu", "K": 2816, "norm": None}),
-    ):
-        yield compiled(arch, triton_linear._few_linear, values | {"out": f} | own, constants, **warps)
-    many = {"K": 1024, "SEGMENT": 256, "GROUP": 4, "SWIGLU": False} | chained
-    for rows in (16, 64, 256):
-        tile = triton_linear.tile_for(rows, arch >= 90)
-        sizes = {"BN": tile.weight_rows, "BB": tile.rows, "BK": tile.columns}
-        options = {"num_warps": tile.num_warps, "num_stages": tile.stages} | pdl
-        for own, constants in (
-            ({"out": x}, many | {"SWIGLU": True}),
-            ({"out": f}, many | {"K": 2816, "GROUP": 3}),
-            ({"out": f}, many | {"SEGMENT": 1024, "GROUP": 1}),
-        ):
-            yield compiled(arch, triton_linear._many_linear, values | {"x": x} | own, constants | sizes, **options)
-    sizes = {
-        "PARTS": 4,
-        "H": 4,
-        "HV": 4,
-        "K": 256,
-        "V": 256,
-        "BV": 32,
-        "W": 4,
-        "DOUBLE": False,
-        "EVICT_FIRST": True,
-        "bias": None,
-    }
-    for parts in (4, 1):
-        own = {"parts": f if parts == 4 else x}
-        yield compiled(arch, triton_layer_step._layer_step, values | own, sizes | {"PARTS": parts} | chained, **warps)
+    warps = {"num_warps": 4} | ({"launch_pdl": True} if arch >= 90 else {})
+    values = dict.fromkeys(("h", "embeddings"), x) | {"ids": "*i32", "arrived": "*i32"}
+    values |= dict.fromkeys(("projected", "squares", "noise", "x", "logits", "noises", "chunks", "state", "norm"), f)
+    values |= dict.fromkeys(("A_log", "dt_bias"), f) | dict.fromkeys(("seeds", "position", "result"), "*i64")
+    values |= dict.fromkeys(("rows", "V", "columns", "count", "top_k"), "i32")
+    values |= dict.fromkeys(("scale", "inverse", "top_p"), "fp32")
+    sizes: dict[str, Any] = {"K": 1024, "WIDTH": 1024, "SIZE": 16}
+    yield compiled(arch, triton_rows._embed, values | {"ids": "*i64"}, sizes | chained, **warps)
+    for product, tiles in triton_linear.TILES.items():
+        for rows in tiles:
+            segments, size = (1, 1024) if product == "head" else (11 if product == "down" else 4, 256)
+            yield products(arch, product, triton_linear.tile_for(product, rows, segments, size, 2, SHARED[arch] * 1024))
+    sizes = {"STRIDE": 4104, "H": 4, "HV": 4, "K": 256, "V": 256, "BV": 32, "GATED": True, "DOUBLE": False}
+    yield compiled(arch, triton_layer_step._layer_step, values, sizes | {"EVICT_FIRST": True} | chained, **warps)
     yield compiled(arch, triton_draw._candidates, values, {"NOISE": True, "BLOCK": 1024} | chained, **warps)
     for top_k, top_p in ((False, True), (True, True)):
         sizes = {"TOP_K": top_k, "TOP_P": top_p, "CHUNKS": 32, "BLOCK": 16384} | chained

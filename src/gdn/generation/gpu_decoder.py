@@ -1,13 +1,12 @@
-"""Rows of sequences, token by token, on a GPU: seven or eight kernels a layer, by the number of rows, one of them the state's,
-chained so that each has its weights at hand when it begins; and all of a token with its draw as one CUDA graph.
+"""Rows of sequences, token by token, on a GPU: five kernels a layer, one of them the state's, chained so that each has its
+weights at hand when it begins; and all of a token with its draw as one CUDA graph.
 
-The residual stream is float32; what one product leaves for the next to add is float32 too. Which kernels run hangs on the
-number of rows, and in what order their sums go on sizes of the model alone: a row has the same bits beside any number of others
-(docs/numerics.md).
+The residual stream is float32. The kernels are the same for any number of rows, their tiles are not; in what order sums go
+hangs on sizes of the model alone: a row has the same bits beside any number of others (docs/numerics.md).
 """
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,9 +17,7 @@ from gdn.generation.weights import LayerWeights, is_joined, layer_weights
 from gdn.model.lm import Block, GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops.backend import choose_backend
-
-if TYPE_CHECKING:
-    from gdn.ops.triton_rows import Residual, Window
+from gdn.ops.norm import rms_norm
 
 
 class GPUDecoder:
@@ -40,89 +37,38 @@ class GPUDecoder:
         return kernels and model.compute_dtype in (None, weight.dtype) and is_joined(model)
 
     def step(self, ids: Tensor, state: DecodeState) -> Tensor:
-        """The logits of `read`."""
-        return self.read(ids, state)[0]
-
-    def read(self, ids: Tensor, state: DecodeState) -> tuple[Tensor, Tensor]:
-        """One more token, ids [B] int64, of each row in `state`, which is updated in place: logits [B, vocab] float32 after it,
-        and the last norm's output [B, hidden] that they come of.
+        """One more token, ids [B] int64, of each row in `state`, which is updated in place: logits [B, vocab] float32 after it.
 
         The host does nothing but launch: this can be captured.
         """
-        from gdn.ops import triton_linear as linear
-        from gdn.ops import triton_rows as rows
+        return self._step(ids, state)[0]
 
-        config, B = self._config, len(ids)
+    def read(self, ids: Tensor, state: DecodeState) -> tuple[Tensor, Tensor]:
+        """The same, and the last norm's output [B, hidden] that the logits come of."""
+        logits, x = self._step(ids, state)
         with torch.no_grad():
-            x = rows.embed(ids.contiguous(), self._embeddings, state.position)
-            layer = self._few_layer if B <= linear.FEW else self._many_layer
-            residual = rows.Residual(x)
-            for n in range(len(self._layers)):
-                residual = layer(residual, n, state)
-            h, _ = rows.norm_rows(residual, self._norm, config.norm_eps, self._head.dtype)
-            logits = x.new_empty(B, config.vocab_size)
-            linear.many_linear(h, self._head, logits, config.hidden_size)
-            return logits, h
+            return logits, rms_norm(x, self._norm, self._config.norm_eps).to(self._head.dtype)
 
-    def _few_layer(self, residual: "Residual", n: int, state: DecodeState) -> "Residual":
-        """The residual stream after layer n, each segment of a product a program of its own."""
+    def _step(self, ids: Tensor, state: DecodeState) -> tuple[Tensor, Tensor]:
+        """Logits, and the residual stream at the end."""
         from gdn.ops import triton_linear as linear
-        from gdn.ops import triton_rows as rows
-
-        config, eps, layer = self._config, self._config.norm_eps, self._layers[n]
-        w, hidden, dtype = layer.weights, self._config.hidden_size, self._head.dtype
-        fused = len(residual.x) <= linear.FUSED
-        h, x = rows.norm_rows(residual, w.mixer_norm, eps, dtype)
-        projected = linear.few_linear(h, w.projections, rows.segment(hidden), False)
-        window = rows.Window(state.conv[n], projected)
-        o = self._middle(layer, window, state.recurrent[n])
-        gate = projected if config.use_gate else None
-        if fused:
-            mixed = linear.gated_norm_linear(o, gate, self._gate_at, w.o_norm, eps, w.out, window)
-        else:
-            y = rows.gated_norm_rows(o, gate, self._gate_at, w.o_norm, eps, window)
-            mixed = linear.few_linear(y, w.out, config.head_v_dim, True)
-        h, x = rows.norm_rows(rows.Residual(x, mixed), w.ffn_norm, eps, dtype)
-        gate_up = linear.few_linear(h, w.ffn, rows.segment(hidden), False)
-        if fused:
-            return rows.Residual(x, linear.swiglu_linear(gate_up, w.down))
-        y = rows.swiglu_rows(gate_up, dtype)
-        return rows.Residual(x, linear.few_linear(y, w.down, rows.segment(config.ffn_size), True))
-
-    def _many_layer(self, residual: "Residual", n: int, state: DecodeState) -> "Residual":
-        """The same, a program taking several segments."""
-        from gdn.ops import triton_linear as linear
-        from gdn.ops import triton_rows as rows
-
-        config, eps, layer = self._config, self._config.norm_eps, self._layers[n]
-        w, B, hidden, dtype = layer.weights, len(residual.x), self._config.hidden_size, self._head.dtype
-        h, x = rows.norm_rows(residual, w.mixer_norm, eps, dtype)
-        projected = h.new_empty(1, B, len(w.projections))
-        linear.many_linear(h, w.projections, projected, rows.segment(hidden))
-        window = rows.Window(state.conv[n], rows.Sum(projected, 1))
-        o = self._middle(layer, window, state.recurrent[n])
-        gate = window.projected if config.use_gate else None
-        y = rows.gated_norm_rows(o, gate, self._gate_at, w.o_norm, eps, window)
-        mixed = rows.sum_like(x, y.shape[1], config.head_v_dim)
-        linear.many_linear(y, w.out, mixed.parts, config.head_v_dim)
-        h, x = rows.norm_rows(rows.Residual(x, mixed), w.ffn_norm, eps, dtype)
-        fed = h.new_empty(B, config.ffn_size)
-        linear.many_linear(h, w.ffn, fed, rows.segment(hidden), swiglu=True)
-        down = rows.sum_like(x, config.ffn_size, rows.segment(config.ffn_size))
-        linear.many_linear(fed, w.down, down.parts, rows.segment(config.ffn_size))
-        return rows.Residual(x, down)
-
-    def _middle(self, layer: "_Layer", window: "Window", recurrent: Tensor) -> Tensor:
         from gdn.ops.triton_layer_step import layer_step
+        from gdn.ops.triton_rows import embed, operand_dtype
 
-        w, config = layer.weights, self._config
-        heads, double, scale = config.num_heads, config.allow_neg_eigval, config.head_dim**-0.5
-        return layer_step(window, layer.conv, w.conv_bias, layer.A_log, w.dt_bias, recurrent, heads, double, scale)
-
-    @property
-    def _gate_at(self) -> int:
-        """The gate's first column of the joined projections."""
-        return 2 * self._config.key_dim + self._config.value_dim + 2 * self._config.value_heads
+        config, eps, dtype = self._config, self._config.norm_eps, operand_dtype(self._head)
+        norms = [layer.weights.mixer_norm for layer in self._layers] + [self._norm]
+        with torch.no_grad():
+            residual = embed(ids.contiguous(), self._embeddings, state.position, norms[0])
+            for n, layer in enumerate(self._layers):
+                w = layer.weights
+                projected = linear.project(residual.normed, w.projections, eps, state.conv[n], layer.conv, w.conv_bias)
+                o = layer_step(
+                    projected, layer.A_log, w.dt_bias, w.o_norm, state.recurrent[n],
+                    config.num_heads, config.use_gate, config.allow_neg_eigval, dtype,
+                )  # fmt: skip
+                linear.add_output(residual, o, w.out, eps, w.ffn_norm)
+                linear.add_down(residual, linear.feed(residual.normed, w.ffn, eps), w.down, norms[n + 1])
+            return linear.logits(residual.normed, self._head, eps), residual.x
 
     def choose(
         self, logits: Tensor, sampling: Sampling, seeds: Tensor, position: Tensor, result: Tensor | None = None

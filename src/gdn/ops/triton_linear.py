@@ -1,16 +1,18 @@
-"""GPU kernels of decoding's products: a few rows, one token of each sequence, times a weight.
+"""GPU kernel of decoding's products: a few rows, one token of each sequence, times a weight. Launchers only.
 
-What a token costs is reading the weights once. The sum over K goes in fixed segments, each from 0 on, added in a fixed order
-(`triton_rows.Sum`), whichever kernel takes them: with few rows each segment is a program of its own, whose 64 rows of the
-weight are on the chip before what it multiplies exists, and the next kernel adds; with more, a program takes several segments
-one after another. So a row has the same bits beside any number of others. Launchers only.
+What a token costs is reading the weights once, and what each kernel costs by itself: so a layer has four products, which do
+what stands between them too: norms (`triton_rows`), the convolution, SwiGLU and the residual stream.
+
+The sum over K goes in fixed segments, each from 0 on, added in a fixed order: in groups, and then the groups. Few rows have all
+segments at once, four beside each other on four warps, with the weight on the chip before what it multiplies exists. More take
+one after another, or, where a weight has too few rows to keep the GPU busy, a group a program: the last program to have its
+part of a tile adds all parts, in their order. So a row has the same bits beside any number of others.
 """
 
 # mypy: disable-error-code=assignment
 # Tuples grow in kernels.
 
-from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import triton
@@ -19,216 +21,328 @@ from torch import Tensor
 
 from gdn.ops.triton_chain import begin, link, prefetch, wait
 from gdn.ops.triton_rows import (
-    Sum,
-    Window,
-    as_whole,
-    group,
-    move_window,
-    rms,
-    segment,
-    share_window,
+    PARTS,
+    Normed,
+    Residual,
+    add_to_residual,
+    convolved,
+    inverse_rms,
     silu,
-    summed,
+    sum_of_squares,
     window_inputs,
+    window_taps,
 )
 
-FEW = 16  # so many rows at most are multiplied a segment a program, by `few_linear`
-FUSED = 4  # and so many are gated by every program that needs them; more, once, by a kernel before it
-_NUM_WARPS = 4
+KIB = 1024
 
 
 class Tile(NamedTuple):
-    """What a program of `many_linear` takes at once; no bits hang on it."""
+    """What a program takes; no bits hang on it."""
 
-    weight_rows: int  # 64, or 128 for many rows
     rows: int  # of activations
-    columns: int
+    weight_rows: int
+    columns: int  # at a time; 0: four segments at a time, for few rows
     stages: int
     num_warps: int
+    split: bool = False  # a group of segments each
+
+    def bytes(self, segments: int, size: int, itemsize: int) -> int:
+        """Of shared memory, for so many segments of `size` columns, of which a fourth is a group."""
+        at_once = -(-(group(segments) if self.split else segments) // 4) * 4
+        wide = min(self.columns, size) * self.stages if self.columns else at_once * size
+        return (self.rows + self.weight_rows) * wide * itemsize
 
 
-@cache
-def tile(rows: int, device: torch.device) -> Tile:
-    return tile_for(rows, device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9)
+_FEW = Tile(16, 16, 0, 1, 4)
+# By product: up to so many rows, and beyond the last.
+TILES: dict[str, dict[int, Tile]] = {
+    "projections": {16: _FEW, 64: Tile(64, 32, 128, 4, 4), 128: Tile(64, 64, 128, 3, 4), 256: Tile(128, 64, 64, 4, 8)},
+    "output": {16: _FEW, 64: Tile(64, 32, 128, 2, 4, True), 256: Tile(128, 64, 64, 4, 8, True)},
+    "ffn": {16: _FEW, 64: Tile(64, 64, 128, 3, 4), 128: Tile(128, 64, 64, 4, 8), 256: Tile(128, 128, 64, 4, 8)},
+    "down": {16: _FEW, 64: Tile(64, 32, 128, 4, 4, True), 256: Tile(128, 64, 64, 4, 8, True)},
+    "head": {16: Tile(16, 64, 128, 4, 4), 64: Tile(64, 128, 64, 4, 4), 256: Tile(128, 128, 64, 4, 8)},
+}
+_SMALLEST = Tile(16, 16, 64, 2, 4)
 
 
-def tile_for(rows: int, hopper: bool) -> Tile:
-    """What fits the shared memory, twice on Hopper but for many rows: the next kernel's programs begin beside these."""
-    block = min(max(triton.next_power_of_2(rows), 16), 128)
-    if block == 128:
-        return Tile(128, 128, 64, 4 if hopper else 3, 8)
-    return Tile(64, block, 128 if hopper else 64, 4 if block <= 32 else 3, _NUM_WARPS)
+def tile_for(product: str, rows: int, segments: int, size: int, itemsize: int, shared: int) -> Tile:
+    """The table's, or what of it fits the shared memory."""
+    table = TILES[product]
+    tile = table[next((most for most in table if rows <= most), max(table))]
+    while tile.bytes(segments, size, itemsize) > shared:
+        if tile.columns and tile.stages > 2:
+            tile = tile._replace(stages=tile.stages - 1)
+        else:
+            tile = _SMALLEST._replace(split=tile.split)
+    return tile
 
 
-def few_linear(x: Tensor, weight: Tensor, size: int, to_residual: bool) -> Sum:
-    """x [B, K], at most FEW rows, times weight [N, K], by segments of `size` columns; x's last stride is 1."""
-    return _few("nothing", x, None, None, 0.0, weight, size, to_residual)
+def segment(K: int) -> int:
+    """Columns of one sum from 0 on, for a weight of K columns, a multiple of 64."""
+    return next(size for size in (256, 128, 64) if K % size == 0)
 
 
-def gated_norm_linear(
-    o: Tensor, gate: Sum | None, gate_at: int, norm: Tensor, eps: float, weight: Tensor, window: Window
-) -> Sum:
-    """gated_norm_rows times weight [N, HV * V] in one launch, for at most FUSED rows; the window is moved on."""
-    return _few("gated_norm", o, gate, norm, eps, weight, o.shape[2], True, gate_at, window)
+def group(segments: int) -> int:
+    """Segments added before their sum is, in a product that goes to the residual stream: a fourth."""
+    return triton.cdiv(segments, PARTS)
 
 
-def swiglu_linear(gate_up: Sum, weight: Tensor) -> Sum:
-    """swiglu_rows times weight [N, F] in one launch, for at most FUSED rows."""
-    return _few("swiglu", gate_up.parts[0], gate_up, None, 0.0, weight, segment(weight.shape[1]), True)
+def project(
+    rows: Normed, weight: Tensor, eps: float, window: Tensor, conv: Tensor, bias: Tensor | None, tile: Tile | None = None
+) -> Tensor:
+    """The projection [B, N] float32 of normed rows, its first D columns convolved and through SiLU, the others rounded as the
+    rows are. window [B, W - 1, D] is moved on, conv [W, D], bias [D]."""
+    if not window.is_contiguous():
+        raise ValueError(f"the window has strides {window.stride()}; expected a contiguous one")
+    out, (W, D) = torch.empty(len(rows.h), len(weight), device=weight.device), conv.shape
+    _product("projections", rows, weight, eps, out, tile, window=window, conv=conv, bias=bias, W=W, D=D)
+    return out
 
 
-def _few(
-    before: Literal["nothing", "gated_norm", "swiglu"],
-    x: Tensor,
-    more: Sum | None,
-    norm: Tensor | None,
+def feed(rows: Normed, weight: Tensor, eps: float, tile: Tile | None = None) -> Tensor:
+    """silu(gate) * up [B, F] in the weight's dtype, of normed rows and weight [gate | up, K]."""
+    out = torch.empty(len(rows.h), len(weight) // 2, dtype=weight.dtype, device=weight.device)
+    _product("ffn", rows, weight, eps, out, tile)
+    return out
+
+
+def logits(rows: Normed, weight: Tensor, eps: float, tile: Tile | None = None) -> Tensor:
+    """[B, N] float32 of normed rows. The sum is one segment, as few rows read such a weight no faster by several."""
+    out = torch.empty(len(rows.h), len(weight), device=weight.device)
+    _product("head", rows, weight, eps, out, tile)
+    return out
+
+
+def add_output(residual: Residual, heads: Normed, weight: Tensor, eps: float, norm: Tensor, tile: Tile | None = None) -> None:
+    """The product of rows normed by heads, [B, HV * V], to the residual stream, whose next norm has the weight `norm`."""
+    _product("output", heads, weight, eps, None, tile, residual, norm)
+
+
+def add_down(residual: Residual, fed: Tensor, weight: Tensor, norm: Tensor, tile: Tile | None = None) -> None:
+    """The product of fed [B, F] likewise."""
+    _product("down", fed, weight, 0.0, None, tile, residual, norm)
+
+
+def _product(
+    product: str,
+    given: Normed | Tensor,
+    weight: Tensor,
     eps: float,
-    weight: Tensor,
-    size: int,
-    to_residual: bool,
-    gate_at: int = 0,
-    window: Window | None = None,
-) -> Sum:
-    B, (N, K) = len(x), weight.shape
-    most = FEW if before == "nothing" else FUSED
-    if most < B or K % size:
-        raise ValueError(f"{B} rows, {K} columns in segments of {size}; expected at most {most} rows and whole segments")
-    out = torch.empty(K // size, B, N, device=weight.device)
-    grid = (triton.cdiv(N, 64), K // size)
-    _few_linear[grid](
-        x, None if more is None else more.parts, norm, weight, out,
-        None if window is None else window.window, None if window is None else window.projected.parts,
-        B, N, eps, gate_at, _columns(more), _columns(None if window is None else window.projected),
-        **share_window(window, grid[0] * grid[1]), PARTS=0 if more is None else len(more.parts),
-        K=K, SEGMENT=size, BEFORE=before,
-        ROWS=triton.next_power_of_2(B), BB=16, num_warps=_NUM_WARPS, **link(out.device),
-    )  # fmt: skip
-    return Sum(out, group(K // size) if to_residual else 1)
-
-
-def many_linear(
-    x: Tensor,
-    weight: Tensor,
-    out: Tensor,
-    size: int,
-    *,
-    swiglu: bool = False,
-    tiles: Tile | None = None,
+    out: Tensor | None,
+    tile: Tile | None,
+    residual: Residual | None = None,
+    norm: Tensor | None = None,
+    **convolution: Any,
 ) -> None:
-    """x [B, K] times weight [N, K] to out: [B, N] the whole sum, or [S, B, N] its S groups of segments of `size` columns.
-
-    swiglu: weight is gate | up and out is silu(gate product) * up product [B, N / 2]. x's and out's last stride is 1.
-    """
-    B, (N, K) = len(x), weight.shape
-    block = tiles or tile(B, x.device)
-    S = len(out) if out.ndim == 3 else 1
-    columns = min(block.columns, size)
-    each = triton.cdiv(K // size, S)
-    if K % size or triton.cdiv(K // size, each) != S:
-        raise ValueError(f"{K} columns to {S} groups of segments of {size}; expected whole segments and no empty group")
-    grid = (triton.cdiv(N, block.weight_rows), S, triton.cdiv(B, block.rows))
-    _many_linear[grid](
-        x, weight, out, B, N, x.stride(0), out.stride(-2),
-        K=K, SEGMENT=size, GROUP=each, SWIGLU=swiglu, BN=block.weight_rows, BB=block.rows, BK=columns,
-        num_warps=block.num_warps, num_stages=block.stages, **link(out.device),
+    h, squares = given if isinstance(given, Normed) else (given, None)
+    (B, K), N = h.shape, len(weight)
+    heads = 1 if squares is None else squares.shape[1]
+    size = K if product == "head" else K // heads if product == "output" else segment(K)
+    each = group(K // size) if residual else K // size
+    tile = tile or tile_for(product, B, K // size, size, weight.element_size(), _shared(weight.device))
+    split = tile.split and each < K // size
+    grid = (triton.cdiv(B, tile.rows), triton.cdiv(N, tile.weight_rows), triton.cdiv(K // size, each) if split else 1)
+    columns = tile.columns and next((some for some in (tile.columns, 64) if size % some == 0), 0)
+    if not h.is_contiguous() or not weight.is_contiguous() or K % size or (tile.columns and not columns):
+        raise ValueError(f"{tuple(h.shape)} by {tuple(weight.shape)} in segments of {size}; expected whole ones, contiguous")
+    if residual:
+        x, (next_h, next_squares), parts, arrived = residual
+    else:
+        x = next_h = next_squares = parts = arrived = None
+    _linear[grid](
+        h, squares, weight, out, x, norm, next_h, next_squares, parts, arrived,
+        *(convolution.get(name) for name in ("window", "conv", "bias")), B, eps,
+        N=N, K=K, SEGMENT=size, GROUP=each,
+        HEADS=0 if squares is None else heads, SQUARES=0 if squares is None else squares.shape[2],
+        TO=product, W=convolution.get("W", 1), D=convolution.get("D", 1), SPLIT=split,
+        BB=tile.rows, BN=tile.weight_rows, BK=columns,
+        num_warps=tile.num_warps, num_stages=tile.stages, **link(weight.device),
     )  # fmt: skip
 
 
-def _columns(more: Sum | None) -> int:
-    return 0 if more is None else more.parts.shape[2]
+def _shared(device: torch.device) -> int:
+    """Bytes of shared memory a program may have."""
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 * KIB
 
 
-@triton.jit(do_not_specialize=["rows", "gate_at", "columns", "newest_columns"])
-def _few_linear(
-    x, parts, norm, weight, out, window, newest, rows, N, eps, gate_at, columns, newest_columns,
-    PARTS: tl.constexpr, W: tl.constexpr, D: tl.constexpr, NEWEST: tl.constexpr, CHANNELS: tl.constexpr,
-    K: tl.constexpr, SEGMENT: tl.constexpr, BEFORE: tl.constexpr, ROWS: tl.constexpr, BB: tl.constexpr, CHAINED: tl.constexpr,
+@triton.jit
+def _four(x, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    """The four matrices of [4, ROWS, COLUMNS]."""
+    evens, odds = tl.split(tl.reshape(tl.permute(x, (1, 2, 0)), [ROWS, COLUMNS, 2, 2]))
+    a, c = tl.split(evens)
+    b, d = tl.split(odds)
+    return a, b, c, d
+
+
+@triton.jit
+def _weights(weight, source, first, K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr):
+    """SEGMENTS of all columns from `first` on, four at a time."""
+    four = tl.arange(0, 4)
+    weights = ()
+    for i in tl.static_range(0, SEGMENTS, 4):
+        k = first + ((i + four) * SEGMENT)[:, None] + tl.arange(0, SEGMENT)[None, :]
+        there = (i + four < SEGMENTS)[:, None] & (k < K)
+        weights = weights + (tl.load(weight + source[None, None, :] * K + k[:, :, None], mask=there[:, :, None], other=0.0),)
+    return weights
+
+
+@triton.jit
+def _by_fours(
+    x, squares, weights, row, rows, eps, first,
+    K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr,
+    HEADS: tl.constexpr, SQUARES: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    begin(CHAINED)
-    segment = tl.program_id(1)
-    n = tl.program_id(0) * 64 + tl.arange(0, 64)
-    within = tl.arange(0, SEGMENT)
-    k = segment * SEGMENT + within
-    place = tl.arange(0, BB)
-    there = (place < rows)[:, None]
-    dtype: tl.constexpr = weight.dtype.element_ty
-    w = tl.load(weight + tl.minimum(n, N - 1)[:, None] * K + k[None, :])
-    if BEFORE == "gated_norm":
-        norm_ = tl.load(norm + within).to(tl.float32)
-    wait(CHAINED)
-
+    """The sum over K for few rows, four segments at a time; each is a warp's."""
+    dtype: tl.constexpr = weights[0].dtype
+    EARLY: tl.constexpr = x.dtype.element_ty != dtype
+    four, within, here = tl.arange(0, 4), tl.arange(0, SEGMENT), row < rows
     # All loads before the first use of one: what each waits for is waited for once.
-    stride = rows.to(tl.int64) * columns
-    program = tl.program_id(0) * (K // SEGMENT) + segment
-    if BEFORE == "swiglu":
-        at = place[:, None] * columns + k[None, :]
-        gate, up = summed(parts, at, stride, there, PARTS), summed(parts, at + K, stride, there, PARTS)
-        h = (silu(gate) * up).to(dtype)
-    else:
-        h = tl.load(x + place[:, None] * K + k[None, :], mask=there, other=0.0)
-    if BEFORE == "gated_norm":
-        o = ()
-        for r in tl.static_range(ROWS):
-            o = o + (tl.load(x + r * K + k, mask=r < rows, other=0.0),)
-        if PARTS:
-            gate = summed(parts, place[:, None] * columns + gate_at + k[None, :], stride, there, PARTS)
-        if W > 1:
-            moving = window_inputs(window, newest, program, rows, newest_columns, W, D, NEWEST, CHANNELS)
-        scale = tl.zeros([BB], tl.float32)
-        for r in tl.static_range(ROWS):
-            scale = tl.where(place == r, rms(o[r].to(tl.float32), SEGMENT, eps), scale)
-        y = h.to(tl.float32) * scale[:, None] * norm_[None, :]
-        if PARTS:
-            y *= silu(as_whole(gate, PARTS, dtype))
-        h = y.to(dtype)
-    acc = tl.dot(w, tl.trans(h), input_precision="ieee")
-    target = out + (segment * rows + place[None, :]) * N + n[:, None]
-    tl.store(target, acc, mask=(place < rows)[None, :] & (n[:, None] < N))
-    if W > 1:
-        move_window(window, moving, program, rows, W, D, NEWEST, CHANNELS)
+    inputs, scales = (), ()
+    for i in tl.static_range(0, SEGMENTS, 4):
+        k = first + ((i + four) * SEGMENT)[:, None] + within[None, :]
+        there = (i + four < SEGMENTS)[:, None] & (k < K)
+        mask = here[None, :, None] & there[:, None, :]
+        inputs = inputs + (tl.load(x + row[None, :, None] * K + k[:, None, :], mask=mask, other=0.0),)
+    for i in tl.static_range(0, SEGMENTS, 4):
+        if HEADS > 1:
+            head = first // SEGMENT + i + four[:, None]
+            mask = here[None, :] & (head < HEADS)
+            total = sum_of_squares(squares, row[None, :] * HEADS + head, mask, SQUARES)
+            scales = scales + (inverse_rms(total, SEGMENT, eps),)
+    if HEADS == 1:
+        scale = inverse_rms(sum_of_squares(squares, row[None, :], here[None, :], SQUARES), K, eps)
+    total, part = tl.zeros([BB, BN], tl.float32), tl.zeros([BB, BN], tl.float32)
+    one = tl.full([BB, BN], 1.0, tl.float32)
+    for i in tl.static_range((SEGMENTS + 3) // 4):
+        h = inputs[i]
+        if EARLY and HEADS == 1:
+            h = h * scale[:, :, None]
+        elif EARLY and HEADS:
+            h = h * scales[i][:, :, None]
+        sums = _four(tl.dot(h.to(dtype), weights[i], input_precision="ieee"), BB, BN)
+        if HEADS > 1 and not EARLY:
+            factors = _four(tl.broadcast_to(scales[i][:, :, None], [4, BB, BN]), BB, BN)
+        else:
+            factors = (one, one, one, one)
+        for j in tl.static_range(4):
+            if 4 * i + j < SEGMENTS:
+                part = tl.fma(sums[j], factors[j], part)
+                if (4 * i + j + 1) % GROUP == 0 or 4 * i + j + 1 == SEGMENTS:
+                    total += part
+                    part = tl.zeros([BB, BN], tl.float32)
+    if HEADS == 1 and not EARLY:
+        total = total * tl.reshape(scale, [BB, 1])
+    return total
 
 
-@triton.jit(do_not_specialize=["rows"])
-def _many_linear(
-    x, weight, out, rows, N, x_stride, out_stride,
-    K: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, SWIGLU: tl.constexpr,
-    BN: tl.constexpr, BB: tl.constexpr, BK: tl.constexpr, CHAINED: tl.constexpr,
+@triton.jit
+def _by_steps(
+    x, squares, weight, source, row, rows, eps, first,
+    K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr,
+    HEADS: tl.constexpr, SQUARES: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    begin(CHAINED)
-    group = tl.program_id(1)
-    n = tl.program_id(0) * BN + tl.arange(0, BN)
-    row = tl.program_id(2) * BB + tl.arange(0, BB)
-    source = n
-    if SWIGLU:  # a gate's row, then its up's
-        source = n // 2 + (n % 2) * (N // 2)
-    source = tl.where(n < N, source, 0)
-    first = group * (GROUP * SEGMENT)
-    WIDE: tl.constexpr = GROUP * SEGMENT if GROUP * SEGMENT < K else K
-    if CHAINED:
-        prefetch(weight, source, min(first, K - WIDE), K, WIDE, BN)
-    wait(CHAINED)
-
-    weights = weight + source[:, None] * K
-    inputs = x + tl.minimum(row, rows - 1)[:, None] * x_stride
-    acc = tl.zeros([BN, BB], tl.float32)
-    total = tl.zeros([BN, BB], tl.float32)
-    for start in tl.range(first, min(first + GROUP * SEGMENT, K), BK):
+    """The sum over K, a step after another."""
+    row = tl.minimum(row, rows - 1)
+    dtype: tl.constexpr = weight.dtype.element_ty
+    EARLY: tl.constexpr = x.dtype.element_ty != dtype
+    zero, one = tl.zeros([BB, BN], tl.float32), tl.full([BB, BN], 1.0, tl.float32)
+    if HEADS:  # 1 / rms of each head, of which one is taken by a sum with zeros
+        BLOCK: tl.constexpr = triton.next_power_of_2(HEADS)
+        head = tl.arange(0, BLOCK)[None, :]
+        squared = sum_of_squares(squares, row[:, None] * HEADS + head, (row >= 0)[:, None] & (head < HEADS), SQUARES)
+        LATE: tl.constexpr = not EARLY and (SEGMENTS == 1 or HEADS == 1)  # what is loaded is waited for at the end
+        if not LATE:
+            scales = inverse_rms(squared, K // HEADS, eps)
+    weights, inputs = weight + source[:, None] * K, x + row[:, None] * K
+    acc, part, total = zero, zero, zero
+    for start in tl.range(first, min(first + SEGMENTS * SEGMENT, K), BK):
         k = start + tl.arange(0, BK)
         w = tl.load(weights + k[None, :])
         h = tl.load(inputs + k[None, :])
-        acc = tl.dot(w, tl.trans(h), acc, input_precision="ieee")
-        if GROUP > 1:  # noqa: SIM102  known when compiled
+        if EARLY and HEADS:
+            h = h * tl.sum(tl.where(head == (start // SEGMENT if HEADS > 1 else 0), scales, 0.0), 1)[:, None]
+        acc = tl.dot(h.to(dtype), tl.trans(w), acc, input_precision="ieee")
+        if SEGMENTS > 1:  # noqa: SIM102  known when compiled
             if (start + BK) % SEGMENT == 0:
-                total = tl.fma(acc, tl.full([BN, BB], 1.0, tl.float32), total)  # an addition would be joined with the product
-                acc = tl.zeros([BN, BB], tl.float32)
-    if GROUP == 1:
-        total = acc
-    if SWIGLU:
-        pair = tl.reshape(total, [BN // 2, 2, BB])
-        up = (tl.arange(0, 2) == 1)[None, :, None]
-        gate = tl.sum(tl.where(up, 0.0, pair), 1)
-        total = silu(gate) * tl.sum(tl.where(up, pair, 0.0), 1)
-        n = tl.program_id(0) * (BN // 2) + tl.arange(0, BN // 2)
-        N = N // 2
-    target = out + (group * rows + row[None, :]) * out_stride + n[:, None]
-    tl.store(target, total.to(out.dtype.element_ty), mask=(row[None, :] < rows) & (n[:, None] < N))
+                factor = one  # an addition would be joined with the product
+                if HEADS > 1 and not EARLY:
+                    chosen = tl.sum(tl.where(head == start // SEGMENT, scales, 0.0), 1)
+                    factor = tl.broadcast_to(chosen[:, None], [BB, BN])
+                part = tl.fma(acc, factor, part)
+                acc = zero
+                if SEGMENTS > GROUP:  # noqa: SIM102
+                    if (start + BK) % (GROUP * SEGMENT) == 0:
+                        total += part
+                        part = zero
+    if HEADS:  # noqa: SIM102
+        if LATE:
+            scales = inverse_rms(squared, K // HEADS, eps)
+    if SEGMENTS == 1:
+        factor = one
+        if HEADS > 1 and not EARLY:
+            chosen = tl.sum(tl.where(head == first // SEGMENT, scales, 0.0), 1)
+            factor = tl.broadcast_to(chosen[:, None], [BB, BN])
+        part = tl.fma(acc, factor, part)
+    total += part
+    if HEADS == 1 and not EARLY:
+        total = total * tl.reshape(scales, [BB, 1])
+    return total
+
+
+@triton.jit(do_not_specialize=["rows"])
+def _linear(
+    x, squares, weight, out, residual, norm, next_h, next_squares, parts, arrived, window, conv, bias, rows, eps,
+    N: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SQUARES: tl.constexpr,
+    TO: tl.constexpr, W: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
+    BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    begin(CHAINED)
+    SEGMENTS: tl.constexpr = GROUP if SPLIT else K // SEGMENT
+    first = tl.program_id(2) * (SEGMENTS * SEGMENT)
+    row = tl.program_id(0) * BB + tl.arange(0, BB)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    there = (row < rows)[:, None] & (n < N)[None, :]
+    place = row.to(tl.int64)[:, None] * N + n[None, :]
+    source = tl.minimum(n, N - 1)
+    if TO == "ffn":  # a gate's row, then its up's
+        source = source // 2 + (source % 2) * (N // 2)
+    if not BK:
+        weights = _weights(weight, source, first, K, SEGMENT, SEGMENTS)
+    elif CHAINED:
+        prefetch(weight, source, min(first, K - SEGMENTS * SEGMENT), K, SEGMENTS * SEGMENT, BN)
+    if TO == "projections":  # whose window nothing else of this token writes
+        inputs, taps = window_inputs(window, row, n, rows, W, D), window_taps(conv, bias, n, W, D)
+    if norm is not None:
+        norm_ = tl.load(norm + n, mask=n < N, other=0.0).to(tl.float32)
+    wait(CHAINED)
+    if norm is not None and not SPLIT:
+        before = tl.load(residual + place, mask=there, other=0.0)
+    if BK:
+        total = _by_steps(
+            x, squares, weight, source, row, rows, eps, first, K, SEGMENT, SEGMENTS, GROUP, HEADS, SQUARES, BB, BN, BK
+        )
+    else:
+        total = _by_fours(x, squares, weights, row, rows, eps, first, K, SEGMENT, SEGMENTS, GROUP, HEADS, SQUARES, BB, BN)
+
+    if SPLIT:
+        tl.store(parts + tl.program_id(2) * (rows * N) + place, total, mask=there)
+        tl.debug_barrier()  # all of the part before it is told
+        counter = arrived + tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
+        if tl.atomic_add(counter, 1, sem="acq_rel") == tl.num_programs(2) - 1:
+            before = tl.load(residual + place, mask=there, other=0.0)
+            total = tl.zeros([BB, BN], tl.float32)
+            for i in tl.static_range((K + GROUP * SEGMENT - 1) // (GROUP * SEGMENT)):
+                total += tl.load(parts + i * (rows * N) + place, mask=there, other=0.0, cache_modifier=".cg")
+            tl.store(counter, 0)
+            add_to_residual(total, before, norm_, residual, next_h, next_squares, row, n, rows, N, BB, BN)
+    elif norm is not None:
+        add_to_residual(total, before, norm_, residual, next_h, next_squares, row, n, rows, N, BB, BN)
+    elif TO == "ffn":
+        gate, up = tl.split(tl.reshape(total, [BB, BN // 2, 2]))
+        n = tl.program_id(1) * (BN // 2) + tl.arange(0, BN // 2)
+        target = out + row.to(tl.int64)[:, None] * (N // 2) + n[None, :]
+        tl.store(target, (silu(gate) * up).to(out.dtype.element_ty), mask=(row < rows)[:, None] & (n < N // 2)[None, :])
+    else:
+        if TO == "projections":
+            total = convolved(total, inputs, taps, window, row, n, rows, W, D)
+        tl.store(out + place, total, mask=there)
