@@ -82,6 +82,32 @@ def test_a_step_of_several_rows_is_the_modules_step(rows: int) -> None:
     agrees(build(num_hidden_layers=2), rows)
 
 
+def in_order(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
+    """A product summed one by one from the accumulator on, as tensor cores do by 16: NumPy's order hangs on the shape."""
+    total = d.data.copy()
+    for k in range(a.data.shape[-1]):
+        total += a.data[..., :, k, None] * b.data[..., None, k, :]
+    return type(d)(total, d.dtype.scalar)
+
+
+@pytest.mark.skipif(GPU, reason="on a GPU the test of the published width says it")
+@pytest.mark.parametrize("by_rows", [False, True], ids=["", "control"])
+def test_a_row_has_the_same_bits_beside_others(by_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In few rows and in more; and not where the number of rows says in what order parts of a product are added."""
+    from triton.runtime.interpreter import InterpreterBuilder
+
+    monkeypatch.setattr(InterpreterBuilder, "create_dot", in_order)
+    model, group = build(intermediate_size=320), triton_linear.group
+    ids, results = torch.arange(17) * 5 % VOCAB, []
+    for rows in (slice(16, 17), slice(14, 17), slice(0, 17)):
+        if by_rows:
+            monkeypatch.setattr(triton_linear, "group", (lambda segments: segments) if rows.start == 0 else group)
+        state = model.new_state(len(ids[rows]))
+        steps = [GPUDecoder(model).step((ids[rows] + n) % VOCAB, state)[-1] for n in range(2)]
+        results.append(torch.cat([*steps, state.recurrent[:, -1].flatten(), state.conv[:, -1].flatten()]))
+    assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) is not by_rows
+
+
 def test_what_the_last_norm_gives() -> None:
     model = build()
     ids, state = torch.tensor([3, 9], device=DEVICE), read_state(model, 2)

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from gdn.ops.triton_chain import begin, link, prefetch, wait
+from gdn.ops.triton_configs import KIB, shared_memory
 from gdn.ops.triton_rows import (
     PARTS,
     Normed,
@@ -32,8 +33,6 @@ from gdn.ops.triton_rows import (
     window_inputs,
     window_taps,
 )
-
-KIB = 1024
 
 
 class Tile(NamedTuple):
@@ -50,7 +49,7 @@ class Tile(NamedTuple):
         """Of shared memory, for so many segments of `size` columns, of which a fourth is a group."""
         at_once = -(-(group(segments) if self.split else segments) // 4) * 4
         wide = min(self.columns, size) * self.stages if self.columns else at_once * size
-        return (self.rows + self.weight_rows) * wide * itemsize
+        return (self.rows + self.weight_rows) * wide * itemsize + KIB  # and what sums across warps
 
 
 _FEW = Tile(16, 16, 0, 1, 4)
@@ -139,7 +138,8 @@ def _product(
     heads = 1 if squares is None else squares.shape[1]
     size = K if product == "head" else K // heads if product == "output" else segment(K)
     each = group(K // size) if residual else K // size
-    tile = tile or tile_for(product, B, K // size, size, weight.element_size(), _shared(weight.device))
+    shared = shared_memory(weight.device) if weight.is_cuda else 227 * KIB
+    tile = tile or tile_for(product, B, K // size, size, weight.element_size(), shared)
     split = tile.split and each < K // size
     grid = (triton.cdiv(B, tile.rows), triton.cdiv(N, tile.weight_rows), triton.cdiv(K // size, each) if split else 1)
     columns = tile.columns and next((some for some in (tile.columns, 64) if size % some == 0), 0)
@@ -158,11 +158,6 @@ def _product(
         BB=tile.rows, BN=tile.weight_rows, BK=columns,
         num_warps=tile.num_warps, num_stages=tile.stages, **link(weight.device),
     )  # fmt: skip
-
-
-def _shared(device: torch.device) -> int:
-    """Bytes of shared memory a program may have."""
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 227 * KIB
 
 
 @triton.jit
@@ -214,12 +209,13 @@ def _by_fours(
     total, part = tl.zeros([BB, BN], tl.float32), tl.zeros([BB, BN], tl.float32)
     one = tl.full([BB, BN], 1.0, tl.float32)
     for i in tl.static_range((SEGMENTS + 3) // 4):
-        h = inputs[i]
         if EARLY and HEADS == 1:
-            h = h * scale[:, :, None]
+            given = inputs[i] * scale[:, :, None]
         elif EARLY and HEADS:
-            h = h * scales[i][:, :, None]
-        sums = _four(tl.dot(h.to(dtype), weights[i], input_precision="ieee"), BB, BN)
+            given = inputs[i] * scales[i][:, :, None]
+        else:
+            given = inputs[i]
+        sums = _four(tl.dot(given.to(dtype), weights[i], input_precision="ieee"), BB, BN)
         if HEADS > 1 and not EARLY:
             factors = _four(tl.broadcast_to(scales[i][:, :, None], [4, BB, BN]), BB, BN)
         else:
