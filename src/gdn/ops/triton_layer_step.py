@@ -77,11 +77,14 @@ def _layer_step(
     a, b = tl.load(here + D + head), tl.load(here + D + HV + head)
     if GATED:
         gate = tl.load(here + D + 2 * HV + head * V + columns)
-    q = q * tl.rsqrt(tl.sum(q * q, 0) + EPS)
-    k = k * tl.rsqrt(tl.sum(k * k, 0) + EPS)
-    decay, beta, qk = tl.exp(log_decay(a, rate, offset)), write_strength(b, DOUBLE), tl.sum(q * k, 0)
+    decay, beta = tl.exp(log_decay(a, rate, offset)), write_strength(b, DOUBLE)
 
-    # Joined, both sums cross lanes and warps together.
+    # Joined, sums cross lanes and warps together.
+    of_each, of_both = tl.split(tl.sum(tl.join(tl.join(q * q, k * k), tl.join(q * k, q * k)), 0))
+    qq, kk = tl.split(of_each)
+    qk, _ = tl.split(of_both)
+    q_scale, k_scale = tl.rsqrt(qq + EPS), tl.rsqrt(kk + EPS)
+    q, k, qk = q * q_scale, k * k_scale, qk * q_scale * k_scale
     Sk, Sq = tl.split(tl.sum(tl.join(S * k[:, None], S * q[:, None]), 0))
     w = beta * (v - decay * Sk)
     tl.store(pointers, decay * S + k[:, None] * w[None, :], eviction_policy=policy)
