@@ -53,13 +53,18 @@ class Tile(NamedTuple):
 
 
 _FEW = Tile(16, 16, 0, 1, 4)
-# By product: up to so many rows, and beyond the last.
+# By product: up to so many rows, and beyond the last. The best of some twenty each at 1, 16, 64 and 256 rows (docs/log.md).
 TILES: dict[str, dict[int, Tile]] = {
-    "projections": {16: _FEW, 64: Tile(64, 32, 128, 4, 4), 128: Tile(64, 64, 128, 3, 4), 256: Tile(128, 64, 64, 4, 8)},
-    "output": {16: _FEW, 64: Tile(64, 32, 128, 2, 4, True), 256: Tile(128, 64, 64, 4, 8, True)},
-    "ffn": {16: _FEW, 64: Tile(64, 64, 128, 3, 4), 128: Tile(128, 64, 64, 4, 8), 256: Tile(128, 128, 64, 4, 8)},
-    "down": {16: _FEW, 64: Tile(64, 32, 128, 4, 4, True), 256: Tile(128, 64, 64, 4, 8, True)},
-    "head": {16: Tile(16, 64, 128, 4, 4), 64: Tile(64, 128, 64, 4, 4), 256: Tile(128, 128, 64, 4, 8)},
+    "projections": {16: _FEW, 64: Tile(64, 32, 128, 4, 4), 128: Tile(64, 64, 128, 3, 4), 256: Tile(128, 64, 128, 3, 8)},
+    "output": {16: _FEW, 64: Tile(64, 16, 256, 3, 4), 256: Tile(64, 32, 128, 4, 4)},
+    "ffn": {
+        16: Tile(16, 32, 0, 1, 4),
+        64: Tile(64, 64, 128, 3, 4),
+        128: Tile(128, 64, 64, 4, 8),
+        256: Tile(128, 128, 64, 4, 8),
+    },
+    "down": {16: _FEW._replace(split=True), 64: Tile(64, 32, 256, 3, 4, True), 256: Tile(128, 64, 128, 3, 8, True)},
+    "head": {16: Tile(16, 128, 128, 4, 4), 64: Tile(64, 128, 64, 4, 4), 256: Tile(128, 256, 64, 3, 8)},
 }
 _SMALLEST = Tile(16, 16, 64, 2, 4)
 
@@ -156,7 +161,7 @@ def _product(
         HEADS=0 if squares is None else heads, SQUARES=0 if squares is None else squares.shape[2],
         TO=product, W=convolution.get("W", 1), D=convolution.get("D", 1), SPLIT=split,
         BB=tile.rows, BN=tile.weight_rows, BK=columns,
-        num_warps=tile.num_warps, num_stages=tile.stages, **link(weight.device),
+        num_warps=tile.num_warps, num_stages=tile.stages, **link(weight.device, rows=B),
     )  # fmt: skip
 
 

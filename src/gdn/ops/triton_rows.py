@@ -55,7 +55,7 @@ def embed(ids: Tensor, embeddings: Tensor, position: Tensor, norm: Tensor) -> Re
     arrived = torch.empty(B, count, dtype=torch.int32, device=ids.device)
     _embed[(B,)](
         ids, embeddings, position, norm, x, h, squares, arrived, K=K, WIDTH=triton.next_power_of_2(K), SIZE=SQUARES,
-        num_warps=4, **link(x.device, start=True),
+        num_warps=4, **link(x.device, start=True, rows=B),
     )  # fmt: skip
     return Residual(x, Normed(h, squares), parts, arrived)
 
