@@ -38,7 +38,7 @@ def cases(dtypes: Sequence[str], sizes: Sequence[int], quick: bool) -> Iterator[
     """One thing at a time, and the hard corner: hardly any decay, full overwrites, repeated keys."""
     for dtype in (getattr(torch, name) for name in dtypes):
         for size in sizes:
-            usual, long = Shape(16, 1000, 4, size, size), Shape(1, 65536, 2, size, size)
+            usual, long = Shape(16, 1000, 4, size, size), Shape(1, 65536, 2048 // size, size, size)
             yield Case(dtype, usual)
             yield Case(dtype, usual, "-1e-4", "0.999", "repeated")
             yield Case(dtype, usual, "-20")
@@ -67,7 +67,11 @@ def inputs_of(case: Case, seed: int) -> tuple[list[Tensor], tuple[Tensor, Tensor
         g = -torch.nn.functional.softplus(4 * random.normal(B, T, H) - 3)
     else:
         g = torch.full((B, T, H), float(case.gate), device="cuda")
-    beta = random.uniform(B, T, H) if case.beta == "mixed" else torch.full((B, T, H), float(case.beta), device="cuda")
+    beta = (
+        0.001 + 0.998 * random.uniform(B, T, H)
+        if case.beta == "mixed"
+        else torch.full((B, T, H), float(case.beta), device="cuda")
+    )
     q, k, v, do = (x.to(case.dtype) for x in (q, k, v, do))
     return [q, k, v, g, beta, state], (do, d_state)
 
