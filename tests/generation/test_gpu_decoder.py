@@ -28,7 +28,8 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "plain": {},
     "no-gate": {"use_gate": False},
     "bias-negative-eigenvalues": {"conv_bias": True, "allow_neg_eigval": True},
-    "grouped-values": {"num_v_heads": 2},
+    "grouped-values": {"num_heads": 2, "num_v_heads": 4},
+    "wide-values": {"expand_v": 2.0},
     "tied": {"tie_word_embeddings": True, "norm_eps": 1e-3},
 }
 
@@ -82,6 +83,14 @@ def test_a_step_of_several_rows_is_the_modules_step(rows: int) -> None:
     agrees(build(num_hidden_layers=2), rows)
 
 
+def test_a_step_in_float16_is_near_the_modules_step() -> None:
+    model, wide = build(torch.float16, num_hidden_layers=2), build(num_hidden_layers=2)
+    ids = torch.tensor([3, 9, 60], device=DEVICE)
+    with torch.no_grad():
+        wanted = wide(ids[:, None], state=wide.new_state(3), last_only=True).logits
+    assert wanted is not None and 1e-5 < relative(GPUDecoder(model).step(ids, model.new_state(3)), wanted) < 3e-3
+
+
 def in_order(self: Any, a: Any, b: Any, d: Any, *_: Any) -> Any:
     """A product summed one by one from the accumulator on, as tensor cores do by 16: NumPy's order hangs on the shape."""
     total = d.data.copy()
@@ -118,7 +127,7 @@ def test_what_the_last_norm_gives() -> None:
 
 
 def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The control of the test above: one norm a thousandth off is more than its bound."""
+    """The control of `test_a_step_is_the_modules_step`: one norm a thousandth off is more than its bound."""
     model = build()
     layer = gpu_decoder.layer_weights
     monkeypatch.setattr(gpu_decoder, "layer_weights", lambda block: layer(block)._replace(o_norm=layer(block).o_norm * 1.001))
@@ -131,7 +140,8 @@ def test_a_wrong_step_would_be_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_models_that_it_does_not_serve(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpu_decoder, "choose_backend", lambda *_: "triton")
     assert GPUDecoder.serves(build())
-    assert not GPUDecoder.serves(build(use_short_conv=False)) and not GPUDecoder.serves(build(hidden_size=96))
+    refused = ({"use_short_conv": False}, {"hidden_size": 96}, {"intermediate_size": 96}, {"expand_v": 1.5}, {"expand_v": 0.5})
+    assert not any(GPUDecoder.serves(build(**config)) for config in refused)
     monkeypatch.setattr(gpu_decoder, "choose_backend", lambda *_: "torch")
     assert not GPUDecoder.serves(build())
 

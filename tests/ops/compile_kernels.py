@@ -21,6 +21,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from gdn.ops import (
     triton_backward,
+    triton_chain,
     triton_configs,
     triton_cross_entropy,
     triton_draw,
@@ -152,9 +153,10 @@ def other_kernels(arch: int, K: int) -> Iterator[dict[str, Any]]:
         yield compiled(arch, kernel, layer, constants, num_warps=triton_gates.NUM_WARPS)
 
 
-def products(arch: int, product: str, tile: triton_linear.Tile) -> dict[str, Any]:
-    """A product of decoding, of the published size."""
-    x, f = "*bf16", "*fp32"
+def products(arch: int, product: str, rows: int, dtype: str = "bf16") -> dict[str, Any]:
+    """A product of decoding, of the published size, by the tile for so many rows."""
+    x, f = "*" + dtype, "*fp32"
+    bytes_, given = {"bf16": (2, 2), "fp16": (2, 4), "fp32": (4, 4)}[dtype]
     N, K, size = {
         "projections": (4104, 1024, 256),
         "output": (1024, 1024, 256),
@@ -162,22 +164,26 @@ def products(arch: int, product: str, tile: triton_linear.Tile) -> dict[str, Any
         "down": (1024, 2816, 256),
         "head": (32000, 1024, 1024),
     }[product]
+    given = bytes_ if product == "down" else given
+    tile = triton_linear.tile_for(product, rows, K // size, size, bytes_, given, SHARED[arch] * 1024)
     values = dict.fromkeys(("x", "weight", "out", "next_h", "window", "conv"), x) | {"arrived": "*i32", "rows": "i32"}
+    values |= {"x": f if given == 4 else x, "next_h": x if dtype == "bf16" else f}  # rows that are yet to be scaled
     values |= dict.fromkeys(("squares", "residual", "norm", "next_squares", "parts"), f) | {"eps": "fp32", "bias": None}
     absent = {"residual", "norm", "next_h", "next_squares", "parts", "arrived", "window", "conv"}
-    own: dict[str, Any] = {"SQUARES": 64, "HEADS": 1, "GROUP": K // size, "W": 1, "D": 1}
+    own: dict[str, Any] = {"SUMS": 64, "HEADS": 1, "GROUP": K // size, "W": 1, "D": 1}
     if product in ("output", "down"):
         absent = {"out", "window", "conv"}
         own |= {"GROUP": triton_linear.group(K // size)}
-        own |= {"HEADS": 4, "SQUARES": 8} if product == "output" else {"HEADS": 0, "SQUARES": 0}
+        own |= {"HEADS": 4, "SUMS": 8} if product == "output" else {"HEADS": 0, "SUMS": 0}
     elif product == "projections":
         absent -= {"window", "conv"}
         own |= {"W": 4, "D": 3072}
     values |= dict.fromkeys(absent) | ({"squares": None} if product == "down" else {})
     values |= {"out": f} if product in ("projections", "head") else {}
-    own |= {"N": N, "K": K, "SEGMENT": size, "TO": product, "SPLIT": tile.split, "CHAINED": arch >= 90}
+    chained = arch >= 90 and rows <= triton_chain.MOST_ROWS
+    own |= {"N": N, "K": K, "SEGMENT": size, "TO": product, "SPLIT": tile.split, "CHAINED": chained}
     own |= {"BB": tile.rows, "BN": tile.weight_rows, "BK": tile.columns}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.stages} | ({"launch_pdl": True} if arch >= 90 else {})
+    options = {"num_warps": tile.num_warps, "num_stages": tile.stages} | ({"launch_pdl": True} if chained else {})
     return compiled(arch, triton_linear._linear, values, own, **options)
 
 
@@ -194,8 +200,9 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
     yield compiled(arch, triton_rows._embed, values | {"ids": "*i64"}, sizes | chained, **warps)
     for product, tiles in triton_linear.TILES.items():
         for rows in tiles:
-            segments, size = (1, 1024) if product == "head" else (11 if product == "down" else 4, 256)
-            yield products(arch, product, triton_linear.tile_for(product, rows, segments, size, 2, SHARED[arch] * 1024))
+            yield products(arch, product, rows)
+            if rows in (16, 64):
+                yield from (products(arch, product, rows, dtype) for dtype in ("fp16", "fp32"))
     sizes = {"STRIDE": 4104, "H": 4, "HV": 4, "K": 256, "V": 256, "BV": 32, "GATED": True, "DOUBLE": False}
     yield compiled(arch, triton_layer_step._layer_step, values, sizes | {"EVICT_FIRST": True} | chained, **warps)
     yield compiled(arch, triton_draw._candidates, values, {"NOISE": True, "BLOCK": 1024} | chained, **warps)

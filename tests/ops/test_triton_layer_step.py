@@ -23,10 +23,10 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))).to(DEVICE)
 
 
-@pytest.mark.parametrize(("H", "HV", "V"), [(1, 1, 64), (1, 2, 96)])
+@pytest.mark.parametrize(("H", "HV", "K", "V"), [(1, 1, 64, 64), (1, 2, 64, 96), (2, 4, 128, 64)])
 @pytest.mark.parametrize(("gated", "double"), [(False, True), (True, False), (True, True)])
-def test_the_middle_of_a_layer(H: int, HV: int, V: int, gated: bool, double: bool) -> None:
-    B, K, D = 2, 64, 2 * H * 64 + HV * V
+def test_the_middle_of_a_layer(H: int, HV: int, K: int, V: int, gated: bool, double: bool) -> None:
+    B, D = 2, 2 * H * K + HV * V
     projected, state = normal(B, D + 2 * HV + (HV * V if gated else 0)), normal(B, HV, K, V)
     A_log, dt_bias, norm = normal(HV), normal(HV, seed=1), normal(V)
     wanted_state, x = state.double(), projected.double()

@@ -139,18 +139,22 @@ def ordered(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.usefixtures("ordered")
 def test_no_bits_hang_on_the_tile() -> None:
-    """Each product's, at each kind of tile; and an order of the groups of another kind has other bits."""
+    """Each product's, at each kind of tile; of heads also one alone."""
     dtype, wide = torch.float16 if DEVICE == "cuda" else torch.float32, Tile(64, 64, 64, 2, 4)
-    found: dict[str, list[Tensor]] = {"heads": [], "down": [], "ffn": []}
+    found: dict[str, list[Tensor]] = {"heads": [], "head alone": [], "down": [], "ffn": [], "logits": [], "projections": []}
     for tile in (FEW, STEPS, wide, FEW._replace(split=True), STEPS._replace(split=True), wide._replace(split=True)):
         (rows, _), (heads, _) = normed(20, 320, dtype), normed(20, 384, dtype, 6)
-        to, then = residual(20, 80, dtype), residual(20, 80, dtype)
+        to, then, alone = (residual(20, 80, dtype) for _ in range(3))
+        linear.add_output(alone, normed(20, 64, dtype)[0], normal(80, 64).to(dtype), EPS, normal(80), tile)
         linear.add_output(to, heads, normal(80, 384).to(dtype), EPS, normal(80), tile)
         linear.add_down(then, normal(20, 320).to(dtype), normal(80, 320).to(dtype), normal(80), tile)
-        for name, given in (("heads", to), ("down", then)):
+        for name, given in (("heads", to), ("head alone", alone), ("down", then)):
             found[name].append(torch.cat([given.x, given.normed.h, given.normed.squares[:, 0]], 1))
         if not tile.split:
             found["ffn"].append(linear.feed(rows, normal(192, 320).to(dtype), EPS, tile))
+            found["logits"].append(linear.logits(rows, normal(80, 320).to(dtype), EPS, tile if tile.columns else STEPS))
+            window, conv = normal(20, 3, 40).to(dtype), normal(4, 40).to(dtype)
+            found["projections"].append(linear.project(rows, normal(80, 320).to(dtype), EPS, window, conv, None, tile))
     for name, results in found.items():
         assert all(torch.equal(result, results[0]) for result in results), name
 
@@ -178,16 +182,26 @@ def test_a_token_s_vectors_and_its_position() -> None:
 def test_sizes_of_segments_and_groups() -> None:
     assert [linear.segment(K) for K in (64, 192, 512, 1024, 2816, 2944)] == [64, 64, 256, 256, 256, 128]
     assert [linear.group(count) for count in (1, 4, 5, 8, 11)] == [1, 1, 2, 2, 3]
-    with pytest.raises(ValueError, match="expected whole ones"):
-        linear.add_down(residual(2, 80, torch.float32), normal(2, 128), normal(80, 256)[:, ::2], normal(80))
+    for given, weight in (
+        (normal(2, 128), normal(80, 256)[:, ::2]),
+        (normal(2, 100), normal(80, 100)),
+        (normal(2, 64), normal(80, 128)),
+    ):
+        with pytest.raises(ValueError, match="expected whole ones"):
+            linear.add_down(residual(2, 80, torch.float32), given, weight, normal(80), STEPS)
+    with pytest.raises(ValueError, match=r"a residual stream \(2, 96\) for \(2, 80\)"):
+        linear.add_down(residual(2, 96, torch.float32), normal(2, 128), normal(80, 128), normal(80))
     with pytest.raises(ValueError, match="the window has strides"):
         linear.project(normed(1, 64, torch.float32)[0], normal(70, 64), EPS, normal(1, 3, 80)[..., ::2], normal(4, 40), None)
 
 
 @pytest.mark.parametrize("product", linear.TILES)
-def test_the_tiles_fit_the_shared_memory(product: str) -> None:
-    for count in (1, 16, 17, 64, 65, 1000):
-        for segments, size, itemsize, shared in ((4, 256, 2, 227), (11, 256, 2, 99), (11, 256, 4, 99), (1, 1024, 4, 227)):
-            tile = linear.tile_for(product, count, segments, size, itemsize, shared * 1024)
-            assert tile.bytes(segments, size, itemsize) <= shared * 1024
+def test_tiles_by_rows_and_what_of_them_fits(product: str) -> None:
+    """That a tile fits where it is said to, tests/ops/compile_kernels.py asserts of what the compiler took."""
+    for count, most in ((1, 16), (16, 16), (17, 64), (64, 64), (1000, 256)):
+        assert linear.tile_for(product, count, 4, 256, 2, 2, 227 * 1024) == linear.TILES[product][most]
+    for count in (16, 64, 256):
+        for segments, size, itemsize, given in ((4, 256, 2, 4), (11, 256, 4, 4), (6, 512, 2, 4)):
+            tile = linear.tile_for(product, count, segments, size, itemsize, given, 99 * 1024)
+            assert tile.bytes(segments, size, itemsize, given) <= 99 * 1024
     assert np.all(np.diff(list(linear.TILES[product])) > 0)

@@ -1,5 +1,5 @@
-"""Rows of sequences, token by token, on a GPU: five kernels a layer, one of them the state's, chained so that each has its
-weights at hand when it begins; and all of a token with its draw as one CUDA graph.
+"""Rows of sequences, token by token, on a GPU: five kernels a layer, one of them the state's, for few rows chained so that each
+has its weights at hand when it begins; and all of a token with its draw as one CUDA graph.
 
 The residual stream is float32. The kernels are the same for any number of rows, their tiles are not; in what order sums go
 hangs on sizes of the model alone: a row has the same bits beside any number of others (docs/numerics.md).
@@ -165,10 +165,13 @@ def _layer(block: Block) -> _Layer:
 
 
 def _fits(model: GatedDeltaNetLM) -> bool:
-    """Whether whole steps of 64 columns make up every product, and heads are powers of two for their norm."""
+    """Whether whole steps of 64 columns make up every product, of which a head is one segment, a power of two; and every
+    weight's elements can be counted in 31 bits."""
     config = model.config
     V = config.head_v_dim
-    return config.hidden_size % 64 == 0 and config.ffn_size % 64 == 0 and V >= 64 and V & (V - 1) == 0
+    steps = config.hidden_size % 64 == 0 and config.ffn_size % 64 == 0 and V >= 64 and V & (V - 1) == 0
+    most = max(config.vocab_size, 2 * config.ffn_size, 2 * (config.key_dim + config.value_dim + config.value_heads))
+    return steps and most * config.hidden_size < 2**31
 
 
 def _signed(seed: int) -> int:

@@ -28,6 +28,11 @@ class LMOutput(NamedTuple):
     state: DecodeState | None
 
 
+def is_watched(module: nn.Module) -> bool:
+    """Whether a call of it does more than it was built for: hooks, or another forward in its place."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+
+
 class Block(nn.Module):
     """Pre-norm residual block: mixer, then SwiGLU."""
 
@@ -66,7 +71,7 @@ class Block(nn.Module):
         linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
         for module in self.modules():
             # Adapters (peft), hooks of offloading (accelerate) or of somebody who looks inside: they must be called.
-            if module is not self and (module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module)):
+            if module is not self and is_watched(module):
                 return "torch"
         if any(type(module) is not Linear or module.weight.is_meta for module in linear):
             return "torch"
@@ -172,10 +177,14 @@ class GatedDeltaNetLM(nn.Module):
             return LMOutput(loss_sum, None, state)
         if last_only:
             hidden = hidden[:, -1] if cu_seqlens is None else hidden[0, (cu_seqlens[1:] - 1).long()]
-            weight = self.lm_head.weight
-            if hidden.is_cuda and not (torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)):
-                return LMOutput(None, row_product(hidden, weight.to(hidden.dtype)), state)
+            if hidden.is_cuda and not self._calls_head(hidden):
+                return LMOutput(None, row_product(hidden, self.lm_head.weight.to(hidden.dtype)), state)
         return LMOutput(None, self.lm_head(hidden), state)
+
+    def _calls_head(self, hidden: Tensor) -> bool:
+        """Whether the head must be called: for gradients, or as an adapter or a hook stands in its place."""
+        watched = type(self.lm_head) is not Linear or is_watched(self.lm_head)
+        return watched or (torch.is_grad_enabled() and (hidden.requires_grad or self.lm_head.weight.requires_grad))
 
     def new_state(self, rows: int) -> DecodeState:
         """The empty decode state for this model where it lies."""

@@ -23,6 +23,7 @@ from gdn.ops.triton_chain import begin, link, prefetch, wait
 from gdn.ops.triton_configs import KIB, shared_memory
 from gdn.ops.triton_rows import (
     PARTS,
+    SQUARES,
     Normed,
     Residual,
     add_to_residual,
@@ -45,11 +46,15 @@ class Tile(NamedTuple):
     num_warps: int
     split: bool = False  # a group of segments each
 
-    def bytes(self, segments: int, size: int, itemsize: int) -> int:
-        """Of shared memory, for so many segments of `size` columns, of which a fourth is a group."""
+    def bytes(self, segments: int, size: int, itemsize: int, given: int) -> int:
+        """Of shared memory, for so many segments of `size` columns, of which a fourth is a group; bytes of an element of the
+        weight and of the rows given, which are rounded to the weight's once more where theirs is another dtype."""
         at_once = -(-(group(segments) if self.split else segments) // 4) * 4
-        wide = min(self.columns, size) * self.stages if self.columns else at_once * size
-        return (self.rows + self.weight_rows) * wide * itemsize + KIB  # and what sums across warps
+        if not self.columns:
+            return (self.rows + self.weight_rows) * at_once * size * itemsize + KIB  # and what sums across warps
+        columns = min(self.columns, size)
+        rounded = 0 if given == itemsize else self.rows * columns * itemsize
+        return (self.rows * given + self.weight_rows * itemsize) * columns * self.stages + rounded + KIB
 
 
 _FEW = Tile(16, 16, 0, 1, 4)
@@ -69,13 +74,15 @@ TILES: dict[str, dict[int, Tile]] = {
 _SMALLEST = Tile(16, 16, 64, 2, 4)
 
 
-def tile_for(product: str, rows: int, segments: int, size: int, itemsize: int, shared: int) -> Tile:
+def tile_for(product: str, rows: int, segments: int, size: int, itemsize: int, given: int, shared: int) -> Tile:
     """The table's, or what of it fits the shared memory."""
     table = TILES[product]
     tile = table[next((most for most in table if rows <= most), max(table))]
-    while tile.bytes(segments, size, itemsize) > shared:
+    while tile.bytes(segments, size, itemsize, given) > shared:
         if tile.columns and tile.stages > 2:
             tile = tile._replace(stages=tile.stages - 1)
+        elif product in ("output", "down") and not tile.split:
+            tile = tile._replace(split=True)
         else:
             tile = _SMALLEST._replace(split=tile.split)
     return tile
@@ -83,7 +90,7 @@ def tile_for(product: str, rows: int, segments: int, size: int, itemsize: int, s
 
 def segment(K: int) -> int:
     """Columns of one sum from 0 on, for a weight of K columns, a multiple of 64."""
-    return next(size for size in (256, 128, 64) if K % size == 0)
+    return next((size for size in (256, 128, 64) if K % size == 0), 64)
 
 
 def group(segments: int) -> int:
@@ -143,13 +150,16 @@ def _product(
     heads = 1 if squares is None else squares.shape[1]
     size = K if product == "head" else K // heads if product == "output" else segment(K)
     each = group(K // size) if residual else K // size
-    shared = shared_memory(weight.device) if weight.is_cuda else 227 * KIB
-    tile = tile or tile_for(product, B, K // size, size, weight.element_size(), shared)
+    given_bytes, shared = h.element_size(), shared_memory(weight.device)
+    tile = tile or tile_for(product, B, K // size, size, weight.element_size(), given_bytes, shared)
     split = tile.split and each < K // size
     grid = (triton.cdiv(B, tile.rows), triton.cdiv(N, tile.weight_rows), triton.cdiv(K // size, each) if split else 1)
     columns = tile.columns and next((some for some in (tile.columns, 64) if size % some == 0), 0)
-    if not h.is_contiguous() or not weight.is_contiguous() or K % size or (tile.columns and not columns):
+    whole = weight.shape[1] == K and K % size == 0 and (columns or size & (size - 1) == 0)
+    if not (whole and h.is_contiguous() and weight.is_contiguous()):
         raise ValueError(f"{tuple(h.shape)} by {tuple(weight.shape)} in segments of {size}; expected whole ones, contiguous")
+    if residual and (residual.x.shape != (B, N) or N % SQUARES):
+        raise ValueError(f"a residual stream {tuple(residual.x.shape)} for {(B, N)}; expected that, of a multiple of {SQUARES}")
     if residual:
         x, (next_h, next_squares), parts, arrived = residual
     else:
@@ -158,7 +168,7 @@ def _product(
         h, squares, weight, out, x, norm, next_h, next_squares, parts, arrived,
         *(convolution.get(name) for name in ("window", "conv", "bias")), B, eps,
         N=N, K=K, SEGMENT=size, GROUP=each,
-        HEADS=0 if squares is None else heads, SQUARES=0 if squares is None else squares.shape[2],
+        HEADS=0 if squares is None else heads, SUMS=0 if squares is None else squares.shape[2],
         TO=product, W=convolution.get("W", 1), D=convolution.get("D", 1), SPLIT=split,
         BB=tile.rows, BN=tile.weight_rows, BK=columns,
         num_warps=tile.num_warps, num_stages=tile.stages, **link(weight.device, rows=B),
@@ -190,9 +200,12 @@ def _weights(weight, source, first, K: tl.constexpr, SEGMENT: tl.constexpr, SEGM
 def _by_fours(
     x, squares, weights, row, rows, eps, first,
     K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr,
-    HEADS: tl.constexpr, SQUARES: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
+    HEADS: tl.constexpr, BY_HEAD: tl.constexpr, SUMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr,
 ):  # fmt: skip
-    """The sum over K for few rows, four segments at a time; each is a warp's."""
+    """The sum over K for few rows, four segments at a time; each is a warp's.
+
+    BY_HEAD: a segment is a head, and multiplied by that head's 1 / rms as it is added.
+    """
     dtype: tl.constexpr = weights[0].dtype
     EARLY: tl.constexpr = x.dtype.element_ty != dtype
     four, within, here = tl.arange(0, 4), tl.arange(0, SEGMENT), row < rows
@@ -204,24 +217,24 @@ def _by_fours(
         mask = here[None, :, None] & there[:, None, :]
         inputs = inputs + (tl.load(x + row[None, :, None] * K + k[:, None, :], mask=mask, other=0.0),)
     for i in tl.static_range(0, SEGMENTS, 4):
-        if HEADS > 1:
+        if BY_HEAD:
             head = first // SEGMENT + i + four[:, None]
             mask = here[None, :] & (head < HEADS)
-            total = sum_of_squares(squares, row[None, :] * HEADS + head, mask, SQUARES)
+            total = sum_of_squares(squares, row[None, :] * HEADS + head, mask, SUMS)
             scales = scales + (inverse_rms(total, SEGMENT, eps),)
-    if HEADS == 1:
-        scale = inverse_rms(sum_of_squares(squares, row[None, :], here[None, :], SQUARES), K, eps)
+    if HEADS and not BY_HEAD:
+        scale = inverse_rms(sum_of_squares(squares, row[None, :], here[None, :], SUMS), K, eps)
     total, part = tl.zeros([BB, BN], tl.float32), tl.zeros([BB, BN], tl.float32)
     one = tl.full([BB, BN], 1.0, tl.float32)
     for i in tl.static_range((SEGMENTS + 3) // 4):
-        if EARLY and HEADS == 1:
+        if EARLY and HEADS and not BY_HEAD:
             given = inputs[i] * scale[:, :, None]
         elif EARLY and HEADS:
             given = inputs[i] * scales[i][:, :, None]
         else:
             given = inputs[i]
         sums = _four(tl.dot(given.to(dtype), weights[i], input_precision="ieee"), BB, BN)
-        if HEADS > 1 and not EARLY:
+        if BY_HEAD and not EARLY:
             factors = _four(tl.broadcast_to(scales[i][:, :, None], [4, BB, BN]), BB, BN)
         else:
             factors = (one, one, one, one)
@@ -231,7 +244,7 @@ def _by_fours(
                 if (4 * i + j + 1) % GROUP == 0 or 4 * i + j + 1 == SEGMENTS:
                     total += part
                     part = tl.zeros([BB, BN], tl.float32)
-    if HEADS == 1 and not EARLY:
+    if HEADS and not BY_HEAD and not EARLY:
         total = total * tl.reshape(scale, [BB, 1])
     return total
 
@@ -240,7 +253,7 @@ def _by_fours(
 def _by_steps(
     x, squares, weight, source, row, rows, eps, first,
     K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr,
-    HEADS: tl.constexpr, SQUARES: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HEADS: tl.constexpr, BY_HEAD: tl.constexpr, SUMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The sum over K, a step after another."""
     row = tl.minimum(row, rows - 1)
@@ -250,8 +263,8 @@ def _by_steps(
     if HEADS:  # 1 / rms of each head, of which one is taken by a sum with zeros
         BLOCK: tl.constexpr = triton.next_power_of_2(HEADS)
         head = tl.arange(0, BLOCK)[None, :]
-        squared = sum_of_squares(squares, row[:, None] * HEADS + head, (row >= 0)[:, None] & (head < HEADS), SQUARES)
-        LATE: tl.constexpr = not EARLY and (SEGMENTS == 1 or HEADS == 1)  # what is loaded is waited for at the end
+        squared = sum_of_squares(squares, row[:, None] * HEADS + head, (row >= 0)[:, None] & (head < HEADS), SUMS)
+        LATE: tl.constexpr = not EARLY and (SEGMENTS == 1 or not BY_HEAD)  # what is loaded is waited for at the end
         if not LATE:
             scales = inverse_rms(squared, K // HEADS, eps)
     weights, inputs = weight + source[:, None] * K, x + row[:, None] * K
@@ -261,12 +274,12 @@ def _by_steps(
         w = tl.load(weights + k[None, :])
         h = tl.load(inputs + k[None, :])
         if EARLY and HEADS:
-            h = h * tl.sum(tl.where(head == (start // SEGMENT if HEADS > 1 else 0), scales, 0.0), 1)[:, None]
+            h = h * tl.sum(tl.where(head == (start // SEGMENT if BY_HEAD else 0), scales, 0.0), 1)[:, None]
         acc = tl.dot(h.to(dtype), tl.trans(w), acc, input_precision="ieee")
         if SEGMENTS > 1:  # noqa: SIM102  known when compiled
             if (start + BK) % SEGMENT == 0:
                 factor = one  # an addition would be joined with the product
-                if HEADS > 1 and not EARLY:
+                if BY_HEAD and not EARLY:
                     chosen = tl.sum(tl.where(head == start // SEGMENT, scales, 0.0), 1)
                     factor = tl.broadcast_to(chosen[:, None], [BB, BN])
                 part = tl.fma(acc, factor, part)
@@ -280,12 +293,12 @@ def _by_steps(
             scales = inverse_rms(squared, K // HEADS, eps)
     if SEGMENTS == 1:
         factor = one
-        if HEADS > 1 and not EARLY:
+        if BY_HEAD and not EARLY:
             chosen = tl.sum(tl.where(head == first // SEGMENT, scales, 0.0), 1)
             factor = tl.broadcast_to(chosen[:, None], [BB, BN])
         part = tl.fma(acc, factor, part)
     total += part
-    if HEADS == 1 and not EARLY:
+    if HEADS and not BY_HEAD and not EARLY:
         total = total * tl.reshape(scales, [BB, 1])
     return total
 
@@ -293,7 +306,7 @@ def _by_steps(
 @triton.jit(do_not_specialize=["rows"])
 def _linear(
     x, squares, weight, out, residual, norm, next_h, next_squares, parts, arrived, window, conv, bias, rows, eps,
-    N: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SQUARES: tl.constexpr,
+    N: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SUMS: tl.constexpr,
     TO: tl.constexpr, W: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
     BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
@@ -318,12 +331,13 @@ def _linear(
     wait(CHAINED)
     if norm is not None and not SPLIT:
         before = tl.load(residual + place, mask=there, other=0.0)
+    BY_HEAD: tl.constexpr = TO == "output"
     if BK:
         total = _by_steps(
-            x, squares, weight, source, row, rows, eps, first, K, SEGMENT, SEGMENTS, GROUP, HEADS, SQUARES, BB, BN, BK
+            x, squares, weight, source, row, rows, eps, first, K, SEGMENT, SEGMENTS, GROUP, HEADS, BY_HEAD, SUMS, BB, BN, BK
         )
     else:
-        total = _by_fours(x, squares, weights, row, rows, eps, first, K, SEGMENT, SEGMENTS, GROUP, HEADS, SQUARES, BB, BN)
+        total = _by_fours(x, squares, weights, row, rows, eps, first, K, SEGMENT, SEGMENTS, GROUP, HEADS, BY_HEAD, SUMS, BB, BN)
 
     if SPLIT:
         tl.store(parts + tl.program_id(2) * (rows * N) + place, total, mask=there)

@@ -2,8 +2,9 @@
 product does with its sums at its end; and the launch of a token's first kernel, the embedding.
 
 A norm has no kernel of its own. Whoever writes to the residual stream leaves sums of squares of 16 columns each, and the rows
-times the norm's weight; the product that reads them multiplies its sums by 1 / rms at its end. A sum of squares is the same
-tree of additions in every kernel: a row has the same bits whatever tile it is in.
+times the norm's weight; the product that reads them multiplies its sums by 1 / rms, at its end or a head at a time (rows in
+float32 before it). Such a sum of squares is the same tree of additions in every kernel: a row has the same bits whatever tile
+it is in.
 """
 
 # mypy: disable-error-code=assignment
@@ -114,7 +115,7 @@ def inverse_rms(total, SIZE: tl.constexpr, eps):
 
 @triton.jit
 def silu(x):
-    return x / (1.0 + tl.exp(-x))
+    return x * sigmoid(x)
 
 
 @triton.jit
@@ -166,4 +167,4 @@ def convolved(newest, inputs, taps, window, row, n, rows, W: tl.constexpr, D: tl
         place = window + row.to(tl.int64)[:, None] * ((W - 1) * D) + n[None, :]
         for i in tl.static_range(W - 1):
             tl.store(place + i * D, inputs[i + 1], mask=(row < rows)[:, None] & (n < D)[None, :])
-    return tl.where((n < D)[None, :], y * sigmoid(y), newest)
+    return tl.where((n < D)[None, :], silu(y), newest)
