@@ -7,7 +7,7 @@ The published sizes, random weights in bf16. bits: logits of three tokens and st
 row alone. times: ms of the captured token with its draw. kernels: us that each adds, its end after the end of the one before.
 chains: ms of a token without its draw, for every choice of kernels that begin beside the one before them. tiles: the same for
 one product's tile after another, the best kept, each with a comparison of bits. Every finding is in FILE as soon as it is
-made; no part begins after so many seconds. `workers` processes compile beforehand.
+made; neither chains nor tiles go on after so many seconds. `workers` processes compile beforehand.
 """
 
 import argparse
@@ -60,9 +60,9 @@ MANY = {
 
 
 def variants(product: str, rows: int) -> list[Tile]:
-    if rows <= 16:
-        return FEW
     splits = (False, True) if product in ("output", "down") else (False,)
+    if rows <= 16:
+        return [tile for tile in FEW if tile.split in splits]
     return [Tile(*shape, split) for shape in MANY[64 if rows <= 64 else 256] for split in splits]  # type: ignore[misc]
 
 

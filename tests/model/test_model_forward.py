@@ -93,6 +93,21 @@ def test_loss_is_the_cross_entropy_of_the_logits(make: Callable[..., GatedDeltaN
     assert relative(last, logits[:, -1]) < 1e-12
 
 
+def test_the_head_is_called_for_gradients_and_where_somebody_watches(make: Callable[..., GatedDeltaNetLM]) -> None:
+    """Elsewhere a GPU's last logits are a product with its weight alone."""
+    model, hidden = make().requires_grad_(False), torch.zeros(1, 3)
+    assert not model._calls_head(hidden) and model._calls_head(hidden.requires_grad_())
+    with torch.no_grad():
+        assert not model._calls_head(hidden)
+        model.lm_head.register_forward_hook(lambda *_: None)
+        assert model._calls_head(hidden)
+        model.lm_head = torch.nn.Sequential(model.lm_head)  # type: ignore[assignment]  an adapter
+        assert model._calls_head(hidden)
+    model = make().requires_grad_(False)
+    model.lm_head.weight.requires_grad_()
+    assert model._calls_head(torch.zeros(1, 3))
+
+
 def test_computing_blocks_again_changes_no_bit_and_keeps_less(make: Callable[..., GatedDeltaNetLM]) -> None:
     model, ids = make(), tokens(2, T)
     found, kept = [], []

@@ -58,7 +58,7 @@ class Tile(NamedTuple):
 
 
 _FEW = Tile(16, 16, 0, 1, 4)
-# By product: up to so many rows, and beyond the last. The best of some twenty each at 1, 16, 64 and 256 rows (docs/log.md).
+# By product: up to so many rows, and beyond the last. The best of five or six at 1, 16, 64 and 256 rows (docs/log.md).
 TILES: dict[str, dict[int, Tile]] = {
     "projections": {16: _FEW, 64: Tile(64, 32, 128, 4, 4), 128: Tile(64, 64, 128, 3, 4), 256: Tile(128, 64, 128, 3, 8)},
     "output": {16: _FEW, 64: Tile(64, 16, 256, 3, 4), 256: Tile(64, 32, 128, 4, 4)},
