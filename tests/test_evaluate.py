@@ -85,6 +85,30 @@ def test_an_error_keeps_what_is_finished_and_the_next_call_reuses_it(
     assert "another lock (limit: none, 2)" in capsys.readouterr().err
 
 
+def test_two_workers_write_what_one_process_does(
+    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Files and table of an error, which comes third, and of the next call, which uses what was kept; but for the seconds."""
+    tasks = "copa,wikitext_harness,sciq,hellaswag"
+    kept, pages = {}, {}
+    for workers in (1, 2):
+        out = tmp_path / str(workers) / "eval"
+        arguments = [checkpoint, "--data", data, "--limit", 3, "--out", out, "--workers", workers]
+        assert run(*arguments, "--tasks", "copa,wikitext_harness,mmlu") == 2
+        assert "gdn: mmlu: no local data; expected one of hellaswag, piqa" in capsys.readouterr().err
+        before = json.loads((out / "results.json").read_text())["tasks"]
+        assert list(before) == ["copa", "wikitext_harness"]
+        assert run(*arguments, "--tasks", tasks, "--stream") == 0
+        table = capsys.readouterr().out.split("task")[-1].splitlines()
+        after = json.loads((out / "results.json").read_text())
+        assert after["tasks"]["copa"] == before["copa"]
+        for name, task in after["tasks"].items():
+            assert task.pop("seconds") > task.pop("seconds_loading") >= 0, name
+        samples = {path.name: path.read_bytes() for path in out.glob("samples_*")}
+        kept[workers], pages[workers] = json.dumps(after), [table[:-1], (out / "report.html").read_bytes(), samples]
+    assert kept[1] == kept[2] and pages[1] == pages[2]
+
+
 def test_comparison_of_two_results(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for name, options in (("a", []), ("b", ["--max-length", "48"])):
         assert run(checkpoint, "--data", data, "--tasks", "boolq", "--out", tmp_path / name, *options) == 0

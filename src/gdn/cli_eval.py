@@ -37,6 +37,9 @@ def add_eval(commands: "argparse._SubParsersAction[Any]") -> None:
     )
     add.add_argument("--max-length", type=int, metavar="N", help="tokens of context (default: the model configuration's)")
     add.add_argument("--token-budget", type=int, metavar="N", help="tokens of one forward pass (default: by device)")
+    add.add_argument(
+        "--workers", type=int, metavar="N", help="processes that share the tasks and the device (default: by machine)"
+    )
     add.add_argument("--out", type=Path, help="folder of results (default: CKPT/eval, or eval/NAME of a hub id)")
     add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")
     add.set_defaults(command=_eval)
@@ -73,6 +76,7 @@ def _eval(args: argparse.Namespace) -> int:
         dtype=args.dtype,
         max_length=args.max_length,
         token_budget=args.token_budget,
+        workers=args.workers,
     )
     out = args.out or (local / "eval" if local.exists() else Path("eval") / local.name)
     with join(find_device(args.device)) as device:

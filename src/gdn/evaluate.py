@@ -1,6 +1,9 @@
 """`gdn eval` below the command line: a model folder to a live table, results on disk and a page."""
 
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,10 @@ from rich.table import Table
 
 from gdn import __version__
 from gdn.errors import CheckpointError, ConfigError
-from gdn.eval import harness, local
+from gdn.eval import harness, local, workers
 from gdn.eval.card import MEAN, in_errors, row_of, ruler_mean
 from gdn.eval.results import Results, read_samples
-from gdn.eval.scoring import TOKEN_BUDGET, Scorer
+from gdn.eval.scoring import STATE_BYTES, TOKEN_BUDGET, Scorer
 from gdn.files import sha256_file, write_text
 from gdn.model.load import CONFIG, load_model, read_json
 from gdn.ops.backend import choose_backend
@@ -28,7 +31,11 @@ _OURS = "gated_deltanet"
 
 @dataclass(frozen=True)
 class Options:
-    """What of `gdn eval` decides its numbers, and where they go."""
+    """What of `gdn eval` decides its numbers, and by how many processes they are computed, which changes none of them.
+
+    workers: 1 unless asked for, because each imports the caller's main module anew and shares the device with whatever the
+    caller holds there; None, the command's, for `gdn.eval.workers.choose_workers` to choose.
+    """
 
     data: Path | None
     tasks: tuple[str, ...] = ("card",)
@@ -39,6 +46,7 @@ class Options:
     dtype: str = "auto"  # float32 or bfloat16; auto: bfloat16 on CUDA, else float32
     max_length: int | None = None
     token_budget: int | None = None  # tokens of one forward pass; None: by device
+    workers: int | None = 1
 
 
 def evaluate(folder: Path, options: Options, out: Path, device: torch.device, console: Console) -> dict[str, dict[str, Any]]:
@@ -55,23 +63,21 @@ def evaluate(folder: Path, options: Options, out: Path, device: torch.device, co
     tokenizer = harness.load_tokenizer(folder)
     dtype = _dtype(options.dtype, device)
     first = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    table = _Table(console if first else Console(quiet=True))
     lock = _lock(folder, options, tokenizer, device, dtype)
-    results = Results(out, lock, str(folder))
+    order = [work.name for work in works]
+    table = _Table(console if first else Console(quiet=True), order)
+    results = Results(out, lock, str(folder), order)
     found = {work.name: results.finished(work.name, _data_sha256(work, options)) for work in works}
-    model: Any = None
-    with table:
-        for work in works:
-            result = found[work.name]
-            if result is None:
-                if model is None:
-                    model = _open(folder, options, tokenizer, device, dtype, table)
-                table.begin(work.name)
-                measured = harness.run_task(
-                    model, work, tokenizer, data=options.data, limit=options.limit, num_fewshot=options.num_fewshot
-                )
-                result = results.add(work.name, measured) if first else measured
-            table.add(work.name, result)
+    missing = [work for work in works if found[work.name] is None]
+    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if _is_ours(folder) else None
+    number = workers.choose_workers(options.workers, len(missing), device, weights)
+    opener = partial(_open, folder, options, device, dtype, number)
+    with table, closing(workers.measure(missing, number, opener, table.progress)) as measured:
+        for name, result in found.items():
+            if result is not None:
+                table.add(name, result)
+        for work, result in measured:
+            table.add(work.name, results.add(work.name, result) if first else result)
         numbers = {work.name: results.tasks[work.name] for work in works if work.name in results.tasks}
         if mean := ruler_mean(numbers):
             table.add(MEAN.task, mean)
@@ -115,13 +121,14 @@ def _measured(name: str, task: dict[str, Any]) -> Measured:
 
 
 class _Table:
-    """The live table: a line for each finished task, one for what is running."""
+    """The live table: a line for each finished task, those of `order` in that order, and one for each that is running."""
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, order: Sequence[str] = ()) -> None:
         self.console = console
-        self.rows: list[tuple[str, ...]] = []
-        self.notes: list[str] = []
-        self.running = ""
+        self.order = list(order)
+        self.rows: dict[str, tuple[str, ...]] = {}
+        self.notes: dict[str, str] = {}
+        self.running: dict[str, str] = {}
         self.live = Live(console=console, get_renderable=self._render, refresh_per_second=4, transient=not console.is_terminal)
 
     def __enter__(self) -> "_Table":
@@ -130,46 +137,67 @@ class _Table:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.running = ""
+        self.running.clear()
         if self.console.is_terminal:
             self.live.stop()
         elif self.rows:
             self.console.print(self._render())
 
-    def begin(self, name: str) -> None:
-        self.running = name
-
-    def progress(self, done: int, total: int) -> None:
-        self.running = f"{self.running.split(':')[0]}: {done:,} of {total:,} requests"
+    def progress(self, name: str, done: int, total: int) -> None:
+        self.running[name] = f"{name}: {done:,} of {total:,} requests" if total else name
 
     def add(self, name: str, result: dict[str, Any]) -> None:
         row = row_of(name, result["metric"])
         stderr, apart = result["stderr"], in_errors(result["value"], result["stderr"], row.published)
         cells = [_number(value) for value in (result["value"], stderr, row.published)]
         cells.append("-" if apart is None else f"{apart:+.1f}")
-        self.rows.append((row.title, result["metric"], f"{result['documents']:,}", *cells))
+        self.running.pop(name, None)
+        self.rows[name] = (row.title, result["metric"], f"{result['documents']:,}", *cells)
         if result["left_out"]:
-            self.notes.append(f"{name}: {result['left_out']} rows of the file cannot be scored and are left out")
+            self.notes[name] = f"{name}: {result['left_out']} rows of the file cannot be scored and are left out"
         if result["repeated"]:
-            self.notes.append(f"{name}: the essays are shorter than this and are repeated")
+            self.notes[name] = f"{name}: the essays are shorter than this and are repeated"
         if not self.console.is_terminal:  # a log: nothing is lost if it is cut off
-            self.console.print("  ".join(self.rows[-1]), highlight=False)
+            self.console.print("  ".join(self.rows[name]), highlight=False)
 
     def _render(self) -> Table:
-        table = Table(caption="\n".join([*self.notes, self.running]).strip() or None)
+        names = [name for name in self.order if name in self.rows]
+        names += [name for name in self.rows if name not in self.order]
+        notes = [self.notes[name] for name in names if name in self.notes]
+        table = Table(caption="\n".join([*notes, *self.running.values()]) or None)
         for name in ("task", "metric", "documents", "value", "std. error", "published", "difference in std. errors"):
             table.add_column(name, justify="left" if name in ("task", "metric") else "right")
-        for cells in self.rows:
-            table.add_row(*cells)
+        for name in names:
+            table.add_row(*self.rows[name])
         return table
 
 
-def _open(folder: Path, options: Options, tokenizer: Any, device: torch.device, dtype: torch.dtype, table: _Table) -> Any:
-    if read_json(folder / CONFIG).get("model_type") != _OURS:
-        return harness.other_model(folder, tokenizer, device, dtype, options.max_length)
-    model = load_model(folder, dtype=dtype, device=device)
-    scorer = Scorer(model, token_budget=options.token_budget)
-    return harness.adapt(scorer, tokenizer, options.max_length, table.progress)
+def _open(
+    folder: Path,
+    options: Options,
+    device: torch.device,
+    dtype: torch.dtype,
+    processes: int,
+    progress: Callable[[int, int], None],
+) -> workers.Measure:
+    """The model in `folder`, one of so many on the device, as what measures a task with it."""
+    tokenizer = harness.load_tokenizer(folder)
+    model: Any
+    if _is_ours(folder):
+        held = STATE_BYTES.get(device.type, STATE_BYTES["cpu"]) // processes
+        scorer = Scorer(load_model(folder, dtype=dtype, device=device), token_budget=options.token_budget, state_bytes=held)
+        model = harness.adapt(scorer, tokenizer, options.max_length, progress)
+    else:
+        model = harness.other_model(folder, tokenizer, device, dtype, options.max_length)
+
+    def measure(work: harness.Work) -> dict[str, Any]:
+        return harness.run_task(model, work, tokenizer, data=options.data, limit=options.limit, num_fewshot=options.num_fewshot)
+
+    return measure
+
+
+def _is_ours(folder: Path) -> bool:
+    return bool(read_json(folder / CONFIG).get("model_type") == _OURS)
 
 
 def _lock(folder: Path, options: Options, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:

@@ -167,11 +167,8 @@ def run_task(
     loaded = time.monotonic()
     scorer = model.scorer if isinstance(model, HarnessModel) else None
     counts = (0, 0) if scorer is None else (scorer.tokens_computed, scorer.tokens_asked)
-    if isinstance(model, HarnessModel):
-        model.rolling = _ROLLING.get(work.name, "harness")
-        model.max_length = max(model.max_length, work.length or 0)  # longer prompts are asked for by name
     # Its bootstrap takes minutes for a standard error that has a formula: ours are in `card`.
-    with _templates_compiled_once():
+    with _set_for(work, model), _templates_compiled_once():
         results = lm_eval.evaluator.evaluate(
             model, {"tasks": {work.task: task}}, limit=limit, bootstrap_iters=0, log_samples=True
         )
@@ -203,6 +200,21 @@ def run_task(
         "seconds_loading": loaded - started,
         "samples": samples,
     }
+
+
+@contextmanager
+def _set_for(work: Work, model: LM) -> Iterator[None]:
+    """How texts are read in this task; another's scores must not depend on whether it was before."""
+    if not isinstance(model, HarnessModel):
+        yield
+        return
+    before = model.rolling, model.max_length
+    model.rolling = _ROLLING.get(work.name, "harness")
+    model.max_length = max(model.max_length, work.length or 0)  # longer prompts are asked for by name
+    try:
+        yield
+    finally:
+        model.rolling, model.max_length = before
 
 
 @contextmanager

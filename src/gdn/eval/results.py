@@ -22,8 +22,11 @@ _TASK_LOCK = ("version", "task_sha256", "prompts_sha256", "data_sha256", "num_fe
 class Results:
     """The results in one folder, under one lock; each task is written as soon as it is done."""
 
-    def __init__(self, folder: Path, lock: Mapping[str, Any], checkpoint: str) -> None:
-        """Go on with what `folder` holds. ConfigError if it was measured under another lock, naming what differs."""
+    def __init__(self, folder: Path, lock: Mapping[str, Any], checkpoint: str, order: Sequence[str] = ()) -> None:
+        """Go on with what `folder` holds. ConfigError if it was measured under another lock, naming what differs.
+
+        order: of tasks that are added, in whatever order they come; behind those that are there.
+        """
         self.folder = folder
         self.lock = json.loads(json.dumps(lock))
         self.checkpoint = checkpoint
@@ -34,6 +37,7 @@ class Results:
             if changed:
                 raise ConfigError(f"{folder}: holds results under another lock ({'; '.join(changed)}); choose another --out")
             self.tasks = before["tasks"]
+        self._order = list(dict.fromkeys([*self.tasks, *order]))
 
     def finished(self, name: str, data_sha256: str | None) -> dict[str, Any] | None:
         """The result of a task that was measured on the same data, if its samples are still what they were."""
@@ -49,6 +53,9 @@ class Results:
         write_text(_samples_path(self.folder, name), lines)
         kept = {key: value for key, value in result.items() if key != "samples"}
         self.tasks[name] = kept | {"samples_sha256": hashlib.sha256(lines.encode()).hexdigest()}
+        if name not in self._order:
+            self._order.append(name)
+        self.tasks = {known: self.tasks[known] for known in self._order if known in self.tasks}
         content = {"checkpoint": self.checkpoint, "lock": self.lock, "tasks": self.tasks}
         write_text(self.folder / RESULTS, json.dumps(content, indent=2, ensure_ascii=False) + "\n")
         return self.tasks[name]

@@ -25,13 +25,14 @@ def cpu_widens_bf16() -> bool:
     return "avx2" in _capabilities() and not _capabilities() & _AVX512
 
 
-def usable_cores() -> int:
-    """Physical cores that this process may keep busy: by its affinity, and by the quota of its container (cgroup v2).
+def usable_cores(*, physical: bool = True) -> int:
+    """Cores that this process may keep busy: by its affinity, and by the quota of its container (cgroup v2).
 
-    A second thread on a core reads memory no faster, and threads beyond the quota wait for each other at every product.
+    Physical ones for products: a second thread on a core reads memory no faster, and threads beyond the quota wait for each
+    other at every product. Not physical: as many as the system counts.
     """
     limits: list[float] = [os.cpu_count() or 1]
-    if hasattr(torch.cpu, "get_capabilities"):
+    if physical and hasattr(torch.cpu, "get_capabilities"):
         limits.append(int(torch.cpu.get_capabilities().get("num_physical_cores", 0)) or math.inf)
     if hasattr(os, "sched_getaffinity"):
         limits.append(len(os.sched_getaffinity(0)))
