@@ -45,6 +45,15 @@ def tokenizer(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathF
     return harness.load_tokenizer(folder)
 
 
+def test_a_longer_task_leaves_the_model_as_it_was(model: GatedDeltaNetLM, data: Path, tokenizer: Any) -> None:
+    """Scores must not depend on the tasks before: with workers it is not known which those are."""
+    lm = harness.adapt(Scorer(model), tokenizer)
+    with harness._set_for(harness.Work("niah_single_1@4096", "niah_single_1", 4096, "exact"), lm):
+        assert lm.max_length == 4096
+    harness.run_task(lm, harness.Work("wikitext_stream", "wikitext"), tokenizer, data=data)
+    assert lm.max_length == 96 and lm.rolling == "one_bos"
+
+
 def as_hflm(model: GatedDeltaNetLM, tokenizer: Any, batch_size: int = 3) -> HFLM:
     config = GatedDeltaNetConfig(**model.config.to_json())
     theirs = GatedDeltaNetForCausalLM(config)

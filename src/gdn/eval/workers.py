@@ -172,6 +172,8 @@ def _without_interrupts() -> Iterator[None]:
 def _work(connection: Connection, opener: Opener, level: int) -> None:
     """A worker: tasks in; progress, results and errors out, until it is killed or its parent is gone."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    # Libraries start processes and make locks as elsewhere: named semaphores, spawn's, would be left behind by who is killed.
+    multiprocessing.set_start_method(None, force=True)
     logging.getLogger("lm_eval").setLevel(level)
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         try:
