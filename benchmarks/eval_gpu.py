@@ -133,6 +133,7 @@ def from_start(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
             command = [sys.executable, "-m", "gdn", "--quiet", "eval", str(folder), "--data", str(args.data)]
             command += ["--out", str(out), "--device", args.device]
             command += ["--limit", str(args.limit)] if args.limit else []
+            command += ["--workers", str(args.workers)] if args.workers else []
             began = time.perf_counter()
             done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, check=False)
             seconds = time.perf_counter() - began
@@ -145,8 +146,8 @@ def from_start(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
 
 
 def warm(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
-    """The whole of `evaluate` in a process that has run it once, the model loaded again each time."""
-    options = Options(data=args.data, limit=args.limit)
+    """The whole of `evaluate` in a process that has run it once, the model loaded again and workers started each time."""
+    options = Options(data=args.data, limit=args.limit, workers=args.workers)
     with tempfile.TemporaryDirectory() as name:
         found = []
         for turn in range(1 + args.repetitions):
@@ -154,7 +155,8 @@ def warm(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
             tasks = evaluate(folder, options, Path(name) / str(turn), torch.device(args.device), Console(quiet=True))
             synchronize()
             found.append(time.perf_counter() - began)
-            memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
+            alone = torch.cuda.is_available() and args.workers == 1  # else the workers have it
+            memory = torch.cuda.max_memory_allocated() / 1e9 if alone else None
             row = {"seconds of the first": found[0], "seconds": found[1:], "peak memory, GB": memory}
             if turn:
                 rows.add("warm", row | numbers(tasks))
@@ -301,6 +303,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rows", default="start,warm,busy,peer")
     parser.add_argument("--repetitions", type=int, default=2)
+    parser.add_argument("--workers", type=int, help="of gdn eval, in start and warm (default: its own)")
     parser.add_argument("--limit", type=int, help="documents of each task (default: all)")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no row after so many")
     parser.add_argument("--small", action="store_true")
