@@ -199,8 +199,10 @@ def _die_with_parent() -> None:
 
 
 def _portable(error: Exception) -> Exception:
-    """What a user can mend as it is; a bug with the trace of where it was, which an exception loses between processes."""
-    return error if isinstance(error, GDNError | OSError) else RuntimeError(traceback.format_exc())
+    """What a user can mend, in a class that can be sent; a bug with its trace, which an exception loses between processes."""
+    if isinstance(error, OSError):
+        return OSError(error.errno, error.strerror, error.filename) if error.errno else OSError(str(error))
+    return error if isinstance(error, GDNError) else RuntimeError(traceback.format_exc())
 
 
 def _death(name: str, process: BaseProcess) -> RunError:
