@@ -178,7 +178,7 @@ def _work(connection: Connection, opener: Opener, level: int) -> None:
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         try:
             run = opener(lambda done, total: connection.send(("progress", (done, total))))
-        except Exception as error:
+        except Exception as error:  # whatever it is: the command is to end with it, not this process alone
             connection.send(("no model", _portable(error)))
             return
         while True:
@@ -186,7 +186,7 @@ def _work(connection: Connection, opener: Opener, level: int) -> None:
             answer: tuple[str, Any]
             try:
                 answer = "result", run(work)
-            except Exception as error:
+            except Exception as error:  # as above
                 answer = "error", _portable(error)
             connection.send(answer)
 
