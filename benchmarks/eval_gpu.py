@@ -133,7 +133,7 @@ def from_start(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
             command = [sys.executable, "-m", "gdn", "--quiet", "eval", str(folder), "--data", str(args.data)]
             command += ["--out", str(out), "--device", args.device]
             command += ["--limit", str(args.limit)] if args.limit else []
-            command += ["--workers", str(args.workers)] if args.workers else []
+            command += ["--workers", str(args.workers)]
             began = time.perf_counter()
             done = subprocess.run(command, env=os.environ | cache, capture_output=True, text=True, check=False)
             seconds = time.perf_counter() - began
@@ -303,7 +303,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--rows", default="start,warm,busy,peer")
     parser.add_argument("--repetitions", type=int, default=2)
-    parser.add_argument("--workers", type=int, help="of gdn eval, in start and warm (default: its own)")
+    parser.add_argument("--workers", type=int, default=1, help="of gdn eval, in start and warm")
     parser.add_argument("--limit", type=int, help="documents of each task (default: all)")
     parser.add_argument("--minutes", type=float, default=60.0, help="begin no row after so many")
     parser.add_argument("--small", action="store_true")

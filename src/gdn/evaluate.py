@@ -34,7 +34,7 @@ class Options:
     """What of `gdn eval` decides its numbers, and by how many processes they are computed, which changes none of them.
 
     workers: 1 unless asked for, because each imports the caller's main module anew and shares the device with whatever the
-    caller holds there; None, the command's, for `gdn.eval.workers.choose_workers` to choose.
+    caller holds there; None for `gdn.eval.workers.choose_workers` to choose.
     """
 
     data: Path | None

@@ -42,9 +42,9 @@ _CONTEXT_BYTES = 1 << 30  # CUDA's own, of a process
 
 
 def choose_workers(asked: int | None, tasks: int, device: torch.device, weights: int | None) -> int:
-    """How many processes measure so many tasks; asked: None for the default. weights: the model's bytes, None if not ours.
+    """How many processes measure so many tasks; asked: None to choose. weights: the model's bytes, None if not ours.
 
-    The default is one, for on CPUs a single process has work for all cores; on CUDA one for each four cores, at most four, as
+    Chosen is one on CPUs, where a single process has work for all cores; on CUDA one for each four cores, at most four, as
     many as the device's free memory has room for. That is not known of a model of another architecture: one. Under torchrun,
     whose processes share out the requests of each task instead, always one.
     """
