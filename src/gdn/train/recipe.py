@@ -27,6 +27,7 @@ class TrainConfig:
     init: Init = "mamba"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products; weights are float32
     recompute: Recompute = "nothing"  # what the backward computes again, to save memory; changes no result
+    cuda_graph: bool = True  # one for forward and backward, where the kernels on one GPU serve; changes no bit
 
 
 @dataclass(frozen=True)
