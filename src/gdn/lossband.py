@@ -18,7 +18,7 @@ PARTS = 20  # stretches that a run is cut into
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
 _NO_MATTER = {  # the band is over seeds; the others change rounding, or nothing
     *(("data", key) for key in ("shards", "micro_batch_size")),
-    *(("train", key) for key in ("seed", "cuda_graph")),
+    *(("train", key) for key in ("seed", "recompute", "cuda_graph")),
 }
 
 
