@@ -277,8 +277,6 @@ def step_row(name: str, run: RunConfig, batches: list[list[Batch]], folder: Path
         result |= measure_step(run, step, batches, 4, options.repetitions)
         if name == "gdn" or options.profile:
             result["profile"] = profile_step(run, step, batches)
-    gc.collect()
-    torch.cuda.empty_cache()
     return result
 
 
@@ -329,17 +327,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
         save_model(models.initial_model(runs[0]), folder)
     for run in runs:
         size, floor = run.data.micro_batch_size, floors(run, limits)
-        print(
-            f"micro batch {size} x {run.data.seq_len}; floors, ms: " + ", ".join(f"{k} {v:.2f}" for k, v in floor.items()),
-            end="",
-        )
-        print(f"; sum {sum(floor.values()):.1f}", flush=True)
+        parts = ", ".join(f"{k} {v:.2f}" for k, v in floor.items())
+        print(f"micro batch {size} x {run.data.seq_len}; floors, ms: {parts}; sum {sum(floor.values()):.1f}", flush=True)
         batches = step_batches(run, options.shards, 8)
         for name in rows:
             if name == "kernels":
                 row = kernel_rows(run, limits)
             else:
                 row = step_row(name, run, batches, folder, options)
+                gc.collect()
+                torch.cuda.empty_cache()  # with the row's model, its graphs' memory too
                 show(name, row, floor)
             if options.write:
                 about = {"date": datetime.date.today().isoformat(), "versions": versions(), "ceilings": limits}
