@@ -26,6 +26,7 @@ from gdn.train.guard import Guard
 from gdn.train.loop import build_model, open_data, train_step
 from gdn.train.meter import Meter, measure_peak
 from gdn.train.metrics import Display, Metrics
+from gdn.train.micro_batch import MicroBatch
 from gdn.train.optim import build_optimizer
 from gdn.train.recipe import RunConfig
 from gdn.train.state import Progress
@@ -58,7 +59,7 @@ def measure(run: RunConfig, device: torch.device, folder: Path, blocks: int, ste
     """Seconds a step of the two kinds of blocks, medians and all; and microseconds of the parts that are called alone."""
     loader, _ = open_data(run)
     model = build_model(run, device)
-    optimizer = build_optimizer(model, run.optim)
+    micro_batch, optimizer = MicroBatch(model, run.train.cuda_graph), build_optimizer(model, run.optim)
     plan, done = run.check(1), 0
     seconds: dict[str, list[float]] = {"bare": [], "logged": []}
     with Metrics(folder, run) as metrics, Display(Console(file=io.StringIO()), run.train.steps, 0) as display:
@@ -66,12 +67,12 @@ def measure(run: RunConfig, device: torch.device, folder: Path, blocks: int, ste
         meter = Meter(device, run.model.flops_per_token(run.data.seq_len).total, 1, measure_peak(device))
 
         def bare(step: int) -> None:
-            train_step(model, optimizer, list(loader.micro_batches(step)), 1e-4, run)
+            train_step(micro_batch, optimizer, list(loader.micro_batches(step)), 1e-4, run)
 
         def logged(step: int) -> None:
             with meter.waiting():
                 batches = list(loader.micro_batches(step))
-            guard.note(step + 1, train_step(model, optimizer, batches, 1e-4, run))
+            guard.note(step + 1, train_step(micro_batch, optimizer, batches, 1e-4, run))
             meter.step(plan.tokens_per_step)
             if (step + 1) % run.log.every == 0:
                 guard.read(step + 1)

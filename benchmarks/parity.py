@@ -93,7 +93,7 @@ def plain_step(run: RunConfig, weights: dict[str, Tensor]) -> models.Step:
 def compare(run: RunConfig, shards: Path, steps: int, device: str) -> Result:
     """Both models' loss and gradient norm at each step."""
     weights = models.initial_model(run).state_dict()
-    ours = models.gdn_step(run, weights, device, "nothing")
+    ours = models.gdn_step(run, weights, device)
     if device == "cuda":
         with tempfile.TemporaryDirectory() as folder:
             save_model(models.initial_model(run), Path(folder))

@@ -14,9 +14,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from gdn.data.loader import Batch
-from gdn.model.lm import GatedDeltaNetLM, Recompute, init_weights
+from gdn.model.lm import GatedDeltaNetLM, init_weights
 from gdn.ops.cross_entropy import IGNORED
 from gdn.train.loop import train_step
+from gdn.train.micro_batch import MicroBatch
 from gdn.train.optim import build_optimizer
 from gdn.train.recipe import RunConfig
 
@@ -34,15 +35,15 @@ def initial_model(run: RunConfig) -> GatedDeltaNetLM:
     return model
 
 
-def gdn_step(run: RunConfig, weights: dict[str, Tensor], device: str, recompute: Recompute) -> Step:
+def gdn_step(run: RunConfig, weights: dict[str, Tensor], device: str) -> Step:
     with torch.device("meta"):
-        model = GatedDeltaNetLM(run.model, compute_dtype(run), recompute)
+        model = GatedDeltaNetLM(run.model, compute_dtype(run), run.train.recompute)
     model.to_empty(device=device)
     model.load_state_dict(weights)
-    optimizer = build_optimizer(model, run.optim)
+    micro_batch, optimizer = MicroBatch(model, run.train.cuda_graph), build_optimizer(model, run.optim)
 
     def step(batches: Sequence[Batch], lr: float) -> tuple[Tensor, Tensor]:
-        result = train_step(model, optimizer, batches, lr, run)
+        result = train_step(micro_batch, optimizer, batches, lr, run)
         return result.loss, result.grad_norm
 
     return step

@@ -1,12 +1,14 @@
 """One training step of the published model on one GPU: gdn beside flash-linear-attention, and gdn's by part beside its floor.
 
-python benchmarks/train_step.py [--rows kernels,gdn,keys,blocks,fla] [--recipe FILE] [--shards FOLDER] [a.b=value ...]
-                                [--write [--output FOLDER]]
+python benchmarks/train_step.py [--rows kernels,gdn,eager,nothing,blocks,fla] [--micro-batches 16,4,2] [--recipe FILE]
+                                [--shards FOLDER] [a.b=value ...] [--write [--output FOLDER]]
 
-Rows: `gdn` is `gdn.train.loop.train_step`, optimizer and all; `keys` and `blocks` the same with what they name computed again
-in the backward; `fla` the peer (`train_models`); `kernels` every kernel around the rule beside torch.compile's for it.
-Times are medians of single steps by CUDA events, memory the largest allocation. Floors are bytes over the copying rate, or
-flops over the rate of a large product, both measured first: every tensor read or written once.
+Rows: `gdn` is `gdn.train.loop.train_step` as the recipe has it, optimizer and all; `eager` the same without a CUDA graph;
+`nothing` and `blocks` with that computed again in the backward (the recipe's default: `keys`); `fla` the peer (`train_models`);
+`kernels` every kernel around the rule beside torch.compile's for it. A step is one micro batch, of each of the given sizes.
+Times are medians of single steps by CUDA events; memory the largest allocation, and what torch held of the GPU at most, warm-up
+and capture included. Floors are bytes over the copying rate, or flops over the rate of a large product, both measured first:
+every tensor read or written once.
 """
 
 import argparse
@@ -15,6 +17,7 @@ import gc
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -33,8 +36,13 @@ from gdn.train.recipe import RunConfig
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = Path(__file__).parent.parent / "recipes" / "gdn_360m_15b.toml"
-ROWS = ("kernels", "gdn", "keys", "blocks", "fla")
-RECOMPUTE = {"gdn": "nothing", "keys": "keys", "blocks": "blocks"}
+ROWS = ("kernels", "gdn", "eager", "nothing", "blocks", "fla")
+CHANGES: dict[str, dict[str, Any]] = {  # of the recipe's section `train`
+    "gdn": {},
+    "eager": {"cuda_graph": False},
+    "nothing": {"recompute": "nothing"},
+    "blocks": {"recompute": "blocks"},
+}
 PARTS = {  # of the device's time: what a kernel's name contains, the first that matches
     "cross-entropy": ("_cross_entropy", "cross_entropy_"),
     "swiglu": ("swiglu",),
@@ -71,11 +79,12 @@ def step_batches(run: RunConfig, shards: Path | None, steps: int) -> list[list[B
 
 
 def measure_step(run: RunConfig, step: models.Step, batches: list[list[Batch]], warm_up: int, repetitions: int) -> Result:
-    """Median milliseconds of a step, tokens a second, what the host takes to enqueue one, and the largest allocation."""
+    """Median milliseconds of a step, tokens a second, what the host takes to enqueue one, and peaks of memory."""
+    # Before the warm-up, which captures: a replayed graph allocates nothing that a counter would see.
+    torch.cuda.reset_peak_memory_stats()
     for i in range(warm_up):
         step(batches[i % len(batches)], run.optim.lr)
     torch.cuda.synchronize()
-    torch.cuda.reset_peak_memory_stats()
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repetitions + 1)]
     events[0].record()
     start, losses = time.perf_counter(), []
@@ -94,6 +103,7 @@ def measure_step(run: RunConfig, step: models.Step, batches: list[list[Batch]], 
         "host_ms": 1e3 * enqueued / repetitions,
         "tokens_per_second": 1e3 * tokens / statistics.median(times),
         "peak_gib": torch.cuda.max_memory_allocated() / 2**30,
+        "peak_reserved_gib": torch.cuda.max_memory_reserved() / 2**30,
         "last_loss": float(losses[-1]),
     }
 
@@ -259,15 +269,14 @@ def step_row(name: str, run: RunConfig, batches: list[list[Batch]], folder: Path
         else:
             from safetensors.torch import load_file
 
-            step = models.gdn_step(run, load_file(folder / "model.safetensors"), "cuda", RECOMPUTE[name])  # type: ignore[arg-type]
+            run = replace(run, train=replace(run.train, **CHANGES[name]))
+            step = models.gdn_step(run, load_file(folder / "model.safetensors"), "cuda")
         step(batches[0], run.optim.lr)
         torch.cuda.synchronize()
         result["first_step_s"] = time.perf_counter() - start
         result |= measure_step(run, step, batches, 4, options.repetitions)
         if name == "gdn" or options.profile:
             result["profile"] = profile_step(run, step, batches)
-    gc.collect()
-    torch.cuda.empty_cache()
     return result
 
 
@@ -277,7 +286,8 @@ def show(name: str, row: Result, floor: dict[str, float]) -> None:
         return
     print(
         f"{name}: {row['ms']:.1f} ms (wall {row['ms_wall']:.1f}, host {row['host_ms']:.1f}), {row['tokens_per_second']:.0f} "
-        f"tokens/s, peak {row['peak_gib']:.2f} GiB, first step {row['first_step_s']:.0f} s, loss {row['last_loss']:.3f}",
+        f"tokens/s, peak {row['peak_gib']:.2f} GiB (held {row['peak_reserved_gib']:.2f}), "
+        f"first step {row['first_step_s']:.0f} s, loss {row['last_loss']:.3f}",
         flush=True,
     )
     if "profile" in row:
@@ -291,6 +301,7 @@ def show(name: str, row: Result, floor: dict[str, float]) -> None:
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default=",".join(ROWS), help=",".join(ROWS))
+    parser.add_argument("--micro-batches", default="16", help="sequences of a step: 16,4,2")
     parser.add_argument("--recipe", type=Path, default=RECIPE)
     parser.add_argument("--shards", type=Path, help="folder made by `gdn prepare`; random ids without")
     parser.add_argument("--repetitions", type=int, default=20)
@@ -302,29 +313,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
     rows = options.rows.split(",")
     if unknown := set(rows) - set(ROWS):
         parser.error(f"--rows: {', '.join(sorted(unknown))}; expected some of {', '.join(ROWS)}")
-    one_pass = ["data.global_batch_size=16", *options.overrides]
-    run = toml.load(RunConfig, options.recipe, one_pass)
+    runs = []
+    for size in options.micro_batches.split(","):
+        one_pass = [f"data.micro_batch_size={size}", f"data.global_batch_size={size}", *options.overrides]
+        runs.append(toml.load(RunConfig, options.recipe, one_pass))
     gpu = torch.cuda.get_device_name().removeprefix("NVIDIA ").split()[0].lower()
     limits = ceilings()
-    floor = floors(run, limits)
     print(f"{torch.cuda.get_device_name()}: {limits['matmul_tflops']:.0f} TFLOP/s, copy {limits['copy_tb_s']:.2f} TB/s")
-    print("floors, ms: " + ", ".join(f"{k} {v:.2f}" for k, v in floor.items()) + f"; sum {sum(floor.values()):.1f}", flush=True)
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = True
     folder = Path(torch.hub.get_dir()) / "train_step"
     if set(rows) - {"kernels"}:
         folder.mkdir(parents=True, exist_ok=True)
-        save_model(models.initial_model(run), folder)
+        save_model(models.initial_model(runs[0]), folder)
+    for run in runs:
+        size, floor = run.data.micro_batch_size, floors(run, limits)
+        parts = ", ".join(f"{k} {v:.2f}" for k, v in floor.items())
+        print(f"micro batch {size} x {run.data.seq_len}; floors, ms: {parts}; sum {sum(floor.values()):.1f}", flush=True)
         batches = step_batches(run, options.shards, 8)
-    for name in rows:
-        if name == "kernels":
-            row = kernel_rows(run, limits)
-        else:
-            row = step_row(name, run, batches, folder, options)
-            show(name, row, floor)
-        if options.write:
-            about = {"date": datetime.date.today().isoformat(), "versions": versions(), "ceilings": limits}
-            about |= {"data": "real text" if options.shards else "random ids", "floors_ms": floor}
-            write(options.output / f"train_step_{gpu}.json", {"results": {name: about | row}})
+        for name in rows:
+            if name == "kernels":
+                row = kernel_rows(run, limits)
+            else:
+                row = step_row(name, run, batches, folder, options)
+                gc.collect()
+                torch.cuda.empty_cache()  # with the row's model, its graphs' memory too
+                show(name, row, floor)
+            if options.write:
+                about = {"date": datetime.date.today().isoformat(), "versions": versions(), "ceilings": limits}
+                about |= {"data": "real text" if options.shards else "random ids", "floors_ms": floor}
+                key = name if size == 16 else f"{name}, micro batch {size}"
+                write(options.output / f"train_step_{gpu}.json", {"results": {key: about | row}})
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ from gdn.train.recipe import RunConfig
 PARTS = 20  # stretches that a run is cut into
 # Student's t, 95 % two-sided, of 1, 2, ... degrees of freedom: the fewer runs were recorded, the wider the band must be.
 _STUDENT = (12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)
-_NO_MATTER = {("data", "shards"), ("data", "micro_batch_size"), ("train", "seed")}  # the band is over seeds
+_NO_MATTER = {  # the band is over seeds; the others change rounding, or nothing
+    *(("data", key) for key in ("shards", "micro_batch_size")),
+    *(("train", key) for key in ("seed", "recompute", "cuda_graph")),
+}
 
 
 class Stretch(NamedTuple):

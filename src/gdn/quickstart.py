@@ -39,6 +39,7 @@ from gdn.report.page import Baseline, RunReport, Sample, render
 from gdn.runpage import SAMPLE_TOKENS, complete, heldout_prompts, measure_heldout, memory_figures, write_samples
 from gdn.train.loop import Outcome, build_model, open_data, train, train_step
 from gdn.train.metrics import read_metrics
+from gdn.train.micro_batch import MicroBatch
 from gdn.train.optim import build_optimizer
 from gdn.train.recipe import CheckpointConfig, DataConfig, EvalConfig, LogConfig, OptimConfig, RunConfig, TrainConfig
 
@@ -188,12 +189,12 @@ def _recipe_for(options: Options, out: Path, shards: Path, vocab_size: int, cons
     with _stage(console, "measuring the speed of this machine"):
         loader, _ = open_data(run)
         model = build_model(run, torch.device("cpu"))
-        optimizer = build_optimizer(model, run.optim)
+        micro_batch, optimizer = MicroBatch(model, run.train.cuda_graph), build_optimizer(model, run.optim)
         times: list[float] = []
         # The fastest step, because another program's burst in these seconds must not cut the whole run short.
         while len(times) < _CALIBRATION_STEPS or sum(times) < _CALIBRATION_SECONDS * min(1.0, options.minutes):
             step, started = len(times), time.monotonic()
-            train_step(model, optimizer, list(loader.micro_batches(step)), 0.0, run)
+            train_step(micro_batch, optimizer, list(loader.micro_batches(step)), 0.0, run)
             times.append(time.monotonic() - started)
     steps = max(10, round(60 * options.minutes / min(times)))
     run = recipe(str(shards), steps, vocab_size)

@@ -89,10 +89,10 @@ def stopping_in(step: int, original: Any) -> Any:
 def test_weight_that_is_not_finite_reaches_no_checkpoint(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original = loop.train_step
 
-    def spoil(model: Any, *args: Any) -> StepResult:
-        result = original(model, *args)
+    def spoil(micro_batch: Any, *args: Any) -> StepResult:
+        result = original(micro_batch, *args)
         if calls.pop() == 3:
-            model.model.norm.weight.data[0] = math.inf
+            micro_batch.model.model.norm.weight.data[0] = math.inf
         return result
 
     calls = [6, 5, 4, 3, 2, 1]

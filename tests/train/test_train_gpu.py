@@ -13,6 +13,7 @@ from train_testing import differences, make_run, saved
 
 import gdn.train.loop as loop
 from gdn.cli import main
+from gdn.train.micro_batch import MicroBatch
 from gdn.train.optim import build_optimizer
 from gdn.train.recipe import RunConfig
 
@@ -31,13 +32,13 @@ def test_host_waits_for_nothing_in_a_step(shards: Path) -> None:
     run, device = run_of(shards), torch.device("cuda", 0)
     loader, _ = loop.open_data(run)
     model = loop.build_model(run, device)
-    optimizer = build_optimizer(model, run.optim)
+    micro_batch, optimizer = MicroBatch(model, run.train.cuda_graph), build_optimizer(model, run.optim)
     progress = loop.Progress()
     guard = loop.Guard(run.guard, progress, None, lambda step: [], lambda row: None)
     for step in range(6):
         torch.cuda.set_sync_debug_mode("error" if step > 1 else "default")
         try:
-            guard.note(step, loop.train_step(model, optimizer, list(loader.micro_batches(step)), 1e-3, run))
+            guard.note(step, loop.train_step(micro_batch, optimizer, list(loader.micro_batches(step)), 1e-3, run))
         finally:
             torch.cuda.set_sync_debug_mode("default")
     guard.read(5)
@@ -49,10 +50,10 @@ def test_non_finite_step_leaves_weights_and_moments(where: str, shards: Path) ->
     run, device = run_of(shards), torch.device("cuda", 0)
     loader, _ = loop.open_data(run)
     model = loop.build_model(run, device)
-    optimizer = build_optimizer(model, run.optim)
+    micro_batch, optimizer = MicroBatch(model, run.train.cuda_graph), build_optimizer(model, run.optim)
 
     def step(number: int) -> loop.StepResult:
-        return loop.train_step(model, optimizer, list(loader.micro_batches(number)), 1e-3, run)
+        return loop.train_step(micro_batch, optimizer, list(loader.micro_batches(number)), 1e-3, run)
 
     def state() -> list[torch.Tensor]:
         moments = [value for each in optimizer.state.values() for value in each.values()]

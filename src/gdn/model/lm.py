@@ -30,7 +30,8 @@ class LMOutput(NamedTuple):
 
 def is_watched(module: nn.Module) -> bool:
     """Whether a call of it does more than it was built for: hooks, or another forward in its place."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in vars(module))
+    hooks = module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    return bool(hooks or "forward" in vars(module))
 
 
 class Block(nn.Module):
@@ -62,20 +63,24 @@ class Block(nn.Module):
 
         Not for single tokens, which have kernels of their own, nor for gradients past a state.
         """
-        config, attn, mlp = self.attn.config, self.attn, self.mlp
+        config = self.attn.config
         if not (config.use_gate and config.use_short_conv) or (state is not None and self._is_training(x)):
             return "torch"
         if state is not None and cu_seqlens is None and x.shape[1] == 1:
             return "torch"
-        linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj, attn.o_proj]
-        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        for module in self.modules():
-            # Adapters (peft), hooks of offloading (accelerate) or of somebody who looks inside: they must be called.
-            if module is not self and is_watched(module):
-                return "torch"
-        if any(type(module) is not Linear or module.weight.is_meta for module in linear):
+        if not self.is_plain():
             return "torch"
         return choose_backend("auto", x.device, x.dtype, config.head_dim, config.head_v_dim)
+
+    def is_plain(self) -> bool:
+        """Whether every module within is as it was built: no adapters (peft), nor hooks of offloading (accelerate) or of
+        somebody who looks inside, all of which must be called."""
+        if any(module is not self and is_watched(module) for module in self.modules()):
+            return False
+        attn, mlp = self.attn, self.mlp
+        linear = [attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj, attn.o_proj]
+        linear += [mlp.gate_proj, mlp.up_proj, mlp.down_proj]
+        return all(type(module) is Linear and not module.weight.is_meta for module in linear)
 
     def _is_training(self, x: Tensor) -> bool:
         return torch.is_grad_enabled() and (x.requires_grad or any(weight.requires_grad for weight in self.parameters()))

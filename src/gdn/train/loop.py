@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from gdn import config as toml
 from gdn.data.loader import Batch, Loader
@@ -30,6 +29,7 @@ from gdn.ops.cross_entropy import IGNORED
 from gdn.train.guard import Guard, StepResult
 from gdn.train.meter import Meter, ProfilerWindow, measure_peak
 from gdn.train.metrics import Display, Metrics
+from gdn.train.micro_batch import MicroBatch
 from gdn.train.optim import build_optimizer, learning_rate
 from gdn.train.recipe import RunConfig
 from gdn.train.state import RECIPE, Progress, read_state, take_snapshot, write_state
@@ -37,6 +37,8 @@ from gdn.train.state import RECIPE, Progress, read_state, take_snapshot, write_s
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = "checkpoints"
+# Of a recipe, what a run may go on with another of: a folder of shards, whose fingerprint is compared, and what changes no bit.
+_MAY_CHANGE = {("data", "shards"), ("train", "recompute"), ("train", "cuda_graph")}
 
 
 class Outcome(NamedTuple):
@@ -64,6 +66,7 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
         model = build_model(run, device, workers)
         optimizer = build_optimizer(model, run.optim)
         progress = resume(run, folder, model, optimizer, fingerprint, workers)
+        micro_batch = MicroBatch(model, run.train.cuda_graph)
         agree(lambda: write_text(folder / RECIPE, recipe), workers)
 
         metrics = stack.enter_context(Metrics(folder, run)) if workers.first else None
@@ -99,7 +102,7 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
             profiler.before(progress.step + 1)
             with meter.waiting():
                 batches = list(loader.micro_batches(progress.step, workers.rank, workers.world_size))
-            result = train_step(model, optimizer, batches, lr, run, workers, bool(stopped))
+            result = train_step(micro_batch, optimizer, batches, lr, run, workers, bool(stopped))
             progress.step += 1
             progress.tokens += plan.tokens_per_step
             guard.note(progress.step, result)
@@ -129,7 +132,7 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
 
 
 def train_step(
-    model: GatedDeltaNetLM,
+    micro_batch: MicroBatch,
     optimizer: torch.optim.AdamW,
     batches: Sequence[Batch],
     lr: float,
@@ -143,19 +146,17 @@ def train_step(
     anything. A loss or gradient norm that is not finite leaves weights, moments and their step count as they were, by a flag
     that the optimizer's kernel reads on the device.
     """
-    parameters = list(model.parameters())
+    parameters = list(micro_batch.model.parameters())
     device = parameters[0].device
-    valid: int | Tensor = sum(int((batch.labels != IGNORED).sum()) for batch in batches)
-    loss, stopping = torch.zeros((), device=device), torch.full((), int(stop), device=device)
+    counts = sum(int((batch.labels != IGNORED).sum()) for batch in batches), int(stop)
+    loss = torch.zeros((), device=device)
+    # A divisor on the device: CUDA multiplies by the inverse of one on the host, and a graph would keep the first.
+    valid, stopping = (torch.full((), count, device=device) for count in counts)
     if workers.mesh is not None:
-        valid, stopping = sum_counts((int(valid), int(stop)), device)
+        valid, stopping = sum_counts(counts, device)
     for i, batch in enumerate(batches):
-        mark_micro_batch(model, last=i == len(batches) - 1)
-        cu_seqlens = None if batch.cu_seqlens is None else _to(batch.cu_seqlens, device)
-        out = model(_to(batch.input_ids, device), _to(batch.labels, device), cu_seqlens=cu_seqlens)
-        part: Tensor = out.loss_sum / valid
-        part.backward()
-        loss += part.detach()
+        mark_micro_batch(micro_batch.model, last=i == len(batches) - 1)
+        loss += micro_batch(batch, valid)
     if workers.mesh is not None:
         loss = reduce_gradients(parameters, loss)
     grad_norm = total_norm([p.grad for p in parameters if p.grad is not None], workers)
@@ -166,11 +167,6 @@ def train_step(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return StepResult(loss, grad_norm, stopping)
-
-
-def _to(tensor: Tensor, device: torch.device) -> Tensor:
-    """From pageable memory, a copy to a GPU would wait for all that is queued there."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def evaluate(
@@ -262,8 +258,7 @@ def _newest(run: RunConfig, saves: Path) -> Path | None:
     for section in ("data", "train", "optim"):
         ours, theirs = toml.to_dict(getattr(run, section)), toml.to_dict(getattr(before, section))
         for key in sorted(ours.keys() | theirs.keys()):
-            # The folder of the shards may move: their fingerprint is compared instead. What is computed again changes no bit.
-            if ours.get(key) != theirs.get(key) and (section, key) not in (("data", "shards"), ("train", "recompute")):
+            if ours.get(key) != theirs.get(key) and (section, key) not in _MAY_CHANGE:
                 raise CheckpointError(
                     f"{found[-1]}: {section}.{key} = {theirs.get(key)!r} there, {ours.get(key)!r} in the recipe; "
                     "a run goes on only as it began"
