@@ -124,6 +124,7 @@ def step_ms(model: GatedDeltaNetLM, rows: int) -> float:
     """Without the draw."""
     decoder, state, ids = GPUDecoder(model), model.new_state(rows), ids_of(model, rows)
     side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
         decoder.step(ids, state)
     torch.cuda.synchronize()

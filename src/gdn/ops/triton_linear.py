@@ -60,15 +60,27 @@ class Tile(NamedTuple):
 _FEW = Tile(16, 16, 0, 1, 4)
 # By product: up to so many rows, and beyond the last. The best of five or six at 1, 16, 64 and 256 rows (docs/log.md).
 TILES: dict[str, dict[int, Tile]] = {
-    "projections": {16: _FEW, 64: Tile(64, 32, 128, 4, 4), 128: Tile(64, 64, 128, 3, 4), 256: Tile(128, 64, 128, 3, 8)},
-    "output": {16: _FEW, 64: Tile(64, 16, 256, 3, 4), 256: Tile(64, 32, 128, 4, 4)},
+    "projections": {
+        16: _FEW,
+        32: Tile(32, 32, 128, 4, 4),
+        64: Tile(64, 32, 128, 4, 4),
+        128: Tile(64, 64, 128, 3, 4),
+        256: Tile(128, 64, 128, 3, 8),
+    },
+    "output": {16: _FEW, 32: Tile(32, 16, 256, 3, 4), 64: Tile(64, 16, 256, 3, 4), 256: Tile(64, 32, 128, 4, 4)},
     "ffn": {
         16: Tile(16, 32, 0, 1, 4),
+        32: Tile(32, 64, 128, 3, 4),
         64: Tile(64, 64, 128, 3, 4),
         128: Tile(128, 64, 64, 4, 8),
         256: Tile(128, 128, 64, 4, 8),
     },
-    "down": {16: _FEW._replace(split=True), 64: Tile(64, 32, 256, 3, 4, True), 256: Tile(128, 64, 128, 3, 8, True)},
+    "down": {
+        16: _FEW._replace(split=True),
+        32: Tile(32, 32, 256, 3, 4, True),
+        64: Tile(64, 32, 256, 3, 4, True),
+        256: Tile(128, 64, 128, 3, 8, True),
+    },
     "head": {16: Tile(16, 128, 128, 4, 4), 64: Tile(64, 128, 64, 4, 4), 256: Tile(128, 256, 64, 3, 8)},
 }
 _SMALLEST = Tile(16, 16, 64, 2, 4)
@@ -256,6 +268,7 @@ def _by_steps(
     HEADS: tl.constexpr, BY_HEAD: tl.constexpr, SUMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The sum over K, a step after another."""
+    there = (row < rows)[:, None]  # rows that are not: read over and over they hold up all, zeros cost nothing
     row = tl.minimum(row, rows - 1)
     dtype: tl.constexpr = weight.dtype.element_ty
     EARLY: tl.constexpr = x.dtype.element_ty != dtype
@@ -272,7 +285,7 @@ def _by_steps(
     for start in tl.range(first, min(first + SEGMENTS * SEGMENT, K), BK):
         k = start + tl.arange(0, BK)
         w = tl.load(weights + k[None, :])
-        h = tl.load(inputs + k[None, :])
+        h = tl.load(inputs + k[None, :], mask=there, other=0.0)
         if EARLY and HEADS:
             h = h * tl.sum(tl.where(head == (start // SEGMENT if BY_HEAD else 0), scales, 0.0), 1)[:, None]
         acc = tl.dot(h.to(dtype), tl.trans(w), acc, input_precision="ieee")
