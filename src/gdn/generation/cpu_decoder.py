@@ -5,9 +5,10 @@ between them is float32 whatever the weights are. The same function as the modul
 """
 
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from weakref import WeakKeyDictionary
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,6 +20,8 @@ from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops import gated_delta_rule_step, gated_delta_rule_with_state, l2_norm, rms_norm, short_conv_with_state
 
+Array = np.ndarray[Any, np.dtype[np.float32]]
+
 
 class CPUDecoder:
     """A model whose projections are joined. Holds views or copies of its weights and the step's vectors; the state is the
@@ -26,7 +29,7 @@ class CPUDecoder:
     """
 
     def __init__(self, model: GatedDeltaNetLM) -> None:
-        self._embeddings, self._norm = model.model.embeddings.weight, model.model.norm.weight.float()
+        self._embeddings, self._norm = model.model.embeddings.weight, model.model.norm.weight.float().detach().numpy()
         self._config, self._eps = model.config, model.config.norm_eps
         self._layers, self._head = _products(model)
         self._room = _Room(model.config)
@@ -50,7 +53,7 @@ class CPUDecoder:
         sizes = [channels, HV, HV, config.value_dim if config.use_gate else 0]
         with torch.no_grad():
             x = self._embeddings[ids].float()
-            for i, (layer, products) in enumerate(self._layers):
+            for i, ((layer, _), products) in enumerate(self._layers):
                 y, a, b, gate = products.projections(rms_norm(x, layer.mixer_norm, self._eps)).split(sizes, -1)
                 if layer.conv is None:
                     y = F.silu(y)
@@ -63,7 +66,7 @@ class CPUDecoder:
                 gate, up = products.ffn(rms_norm(x, layer.ffn_norm, self._eps)).chunk(2, -1)
                 x = x + products.down(F.silu(gate) * up)
             state.position += ids.shape[1]
-            return self._head(rms_norm(x[:, -1], self._norm, self._eps))
+            return self._head(rms_norm(x[:, -1], torch.from_numpy(self._norm), self._eps))
 
     def _rule(self, layer: LayerWeights, y: Tensor, a: Tensor, b: Tensor, S: Tensor) -> Tensor:
         """Of convolved y [N, T, D] and the gates' projections [N, T, HV]: o [N, T, HV, V]; S is updated."""
@@ -83,94 +86,145 @@ class CPUDecoder:
         """Logits [vocab] after one more token of the one row in `state`, which is updated in place."""
         room = self._room
         with torch.no_grad():
-            x = room.x_row.copy_(self._embeddings[token])
+            room.x[:] = self._embeddings[token].float().numpy()
             memory = zip(state.recurrent[:, 0].unbind(), state.conv[:, 0].unbind())
             for (layer, products), (S, window) in zip(self._layers, memory):
-                room.projected.copy_(products.projections(self._normed(layer.mixer_norm)))
-                self._mix(layer, S, window)
-                x.add_(products.out(room.o))
-                room.ffn.copy_(products.ffn(self._normed(layer.ffn_norm)))
-                torch.mul(F.silu(room.ffn_gate, inplace=True), room.ffn_up, out=room.inner)
-                x.add_(products.down(room.inner))
+                room.projected[:] = products.projections(self._normed(layer.vectors.mixer_norm)).numpy()
+                self._mix(layer.vectors, S, window)
+                room.x += products.out(room.o_row).numpy()
+                room.ffn[:] = products.ffn(self._normed(layer.vectors.ffn_norm)).numpy()
+                F.silu(room.ffn_gate, inplace=True)
+                np.multiply(room.ffn_activated, room.ffn_up, out=room.inner)
+                room.x += products.down(room.inner_row).numpy()
             state.position += 1
             return self._head(self._normed(self._norm))[0]
 
-    def _normed(self, weight: Tensor) -> Tensor:
+    def _normed(self, weight: Array) -> Tensor:
         """RMSNorm of x, [1, hidden]."""
         room = self._room
-        # The root mean square as a number of Python's: on a CPU nothing waits for it. As addcmul's value it costs no more,
-        # where a tensor times a number is a third of the norm.
-        scale = (float(room.x.dot(room.x)) / len(room.x) + self._eps) ** -0.5
-        torch.addcmul(room.nothing, room.x, weight, value=scale, out=room.h)
+        np.multiply(room.x, weight, out=room.h)
+        room.h *= (float(np.dot(room.x_flat, room.x_flat)) / len(room.x_flat) + self._eps) ** -0.5
         return room.h_row
 
-    def _mix(self, layer: LayerWeights, S: Tensor, window: Tensor) -> None:
+    def _mix(self, layer: "_Vectors", S: Tensor, window: Tensor) -> None:
         """From the projections to o: convolution, norms, gates, rule, output norm and gate; S and window are updated."""
         room, config = self._room, self._config
         if layer.conv is not None:
             room.past.copy_(window)
-            room.newest.copy_(room.y)
+            room.newest[:] = room.y
             window.copy_(room.recent)
-            torch.sum(torch.mul(room.read, layer.conv, out=room.products), 0, out=room.y)
+            np.multiply(room.read, layer.conv, out=room.products)
+            np.add.reduce(room.products, 0, out=room.y)
             if layer.conv_bias is not None:
-                room.y.add_(layer.conv_bias)
-        F.silu(room.y, inplace=True)
-        torch.sum(torch.mul(room.qk, room.qk, out=room.squares), -1, keepdim=True, out=room.sums)
-        room.qk.mul_(room.sums.add_(room.tiny).rsqrt_())
-        qk = room.qk_by_head
-        if config.value_heads > config.num_heads:
-            qk = qk.repeat_interleave(config.value_heads // config.num_heads, dim=0)
-        q, k = qk.unbind(1)
-        torch.mul(F.softplus(room.a.add_(layer.dt_bias)), layer.rate, out=room.decay).exp_()
-        room.b.sigmoid_()
+                room.y += layer.conv_bias
+        F.silu(room.y_vector, inplace=True)
+
+        # Both gates at once: decay = exp(rate softplus(a + dt_bias)), beta = sigmoid(b) = exp(-softplus(-b)).
+        gates = np.multiply(room.ab, room.gate_signs, out=room.gates)
+        gates += layer.gate_bias
+        np.logaddexp(gates, 0, out=gates)
+        gates *= layer.gate_rate
+        np.exp(gates, out=gates)
         if config.allow_neg_eigval:
-            room.b.mul_(2)
+            room.beta *= 2
+
+        np.multiply(room.qk, room.qk, out=room.squares)
+        np.multiply(room.q, room.k, out=room.qk_product)
+        sums = np.add.reduce(room.sum_terms, -1, out=room.sums)
+        norms = (sums[:2] + 1e-6) ** -0.5
+        np.multiply(room.qk_by_head, norms.T[:, None, :, None], out=room.qk_by_value_head)
+        qk = sums[2] * norms[0] * norms[1]
 
         # S' = decay S; w = beta (v - k S'); S = S' + k w; o = q S' + (q k) w. Decaying first brings S into the cache, for both
         # cores at once, where the batched product alone would wait for memory. o's scale is in its norm's epsilon.
         S.mul_(room.decay_by_head)
-        torch.bmm(qk, S, out=room.reads)
-        write = torch.sub(room.v, room.read_k, out=room.write).mul_(room.beta)
-        S.addcmul_(k.unsqueeze(-1), room.write_row)
-        o = room.read_q.addcmul_(torch.linalg.vecdot(q, k).unsqueeze(-1), write)
-        o.mul_(torch.linalg.vecdot(o, o).add_(room.o_eps).rsqrt_().unsqueeze(-1))
-        torch.mul(o, layer.o_norm, out=room.o_by_head).mul_(room.o_scale)
+        torch.bmm(room.qk_rows, S, out=room.reads)
+        np.subtract(room.v, room.read_k, out=room.write)
+        room.write *= room.beta
+        S.addcmul_(room.k_column, room.write_row)
+        np.multiply(room.write_by_head, qk[:, None, None], out=room.o_by_head)
+        o = room.o
+        o += room.read_q
+        scale = np.add.reduce(np.multiply(o, o, out=room.write), -1, keepdims=True)
+        o *= (scale + room.o_eps) ** -0.5 * room.o_scale
+        o *= layer.o_norm
         if config.use_gate:
-            room.o.mul_(F.silu(room.gate, inplace=True))
+            F.silu(room.gate_vector, inplace=True)
+            o *= room.gate
 
 
 class _Room:
     """The vectors of a step and views of their parts, made once: a view costs as much as a small operation.
 
-    A number of Python's beside a tensor makes an operation thrice as long: numbers are tensors too.
+    What is not the size of the state is numpy's, whose operations on a few thousand numbers take a fraction of PyTorch's time;
+    tensors are views of the same memory.
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        HV, V, keys, values = config.value_heads, config.head_v_dim, config.key_dim, config.value_dim
+        H, HV, V, keys, values = config.num_heads, config.value_heads, config.head_v_dim, config.key_dim, config.value_dim
         channels = 2 * keys + values
-        self.x, self.h, self.nothing = torch.zeros(3, config.hidden_size)
-        self.x_row, self.h_row = self.x[None], self.h[None]
-        self.projected = torch.empty(1, channels + 2 * HV + (values if config.use_gate else 0))
-        self.y, self.a, self.b, self.gate = self.projected[0].tensor_split([channels, channels + HV, channels + 2 * HV])
-        self.qk = self.y[: 2 * keys].view(2, config.num_heads, config.head_dim)
-        self.qk_by_head = self.qk.transpose(0, 1)
-        self.squares, self.sums = torch.empty_like(self.qk), torch.empty(2, config.num_heads, 1)
-        self.tiny = torch.tensor(1e-6)
-        self.v = self.y[2 * keys :].view(HV, V)
-        self.read = torch.empty(config.conv_size, channels)
-        self.past, self.recent, self.newest = self.read[:-1], self.read[1:], self.read[-1]
-        self.products = torch.empty_like(self.read)
-        self.decay, self.beta = torch.empty(HV), self.b.unsqueeze(-1)
-        self.decay_by_head = self.decay.view(HV, 1, 1)
-        self.reads, self.write = torch.empty(HV, 2, V), torch.empty(HV, V)
-        self.read_q, self.read_k = self.reads.unbind(1)
-        self.write_row = self.write.unsqueeze(-2)
+        self.x, self.h = _zeros(1, config.hidden_size), _zeros(1, config.hidden_size)
+        self.x_flat, self.h_row = self.x[0], torch.from_numpy(self.h)
+        self.projected = _zeros(1, channels + 2 * HV + (values if config.use_gate else 0))
+        self.y, self.ab, gate = np.split(self.projected[0], [channels, channels + 2 * HV])
+        self.y_vector, self.gate_vector = torch.from_numpy(self.y), torch.from_numpy(gate)
+        self.qk, self.v = self.y[: 2 * keys].reshape(2, H, config.head_dim), self.y[2 * keys :].reshape(HV, V)
+        (self.q, self.k), self.qk_by_head = self.qk, self.qk.transpose(1, 0, 2)[:, None]
+        self.read, self.products = _zeros(config.conv_size, channels), _zeros(config.conv_size, channels)
+        self.past, self.recent, self.newest = torch.from_numpy(self.read[:-1]), torch.from_numpy(self.read[1:]), self.read[-1]
+
+        self.gates, self.gate_signs = _zeros(2 * HV), np.repeat(np.array([1, -1], np.float32), HV)
+        self.beta, self.decay_by_head = self.gates[HV:, None], torch.from_numpy(self.gates[:HV]).view(HV, 1, 1)
+        self.sum_terms, self.sums = _zeros(3, H, config.head_dim), _zeros(3, H)
+        self.squares, self.qk_product = self.sum_terms[:2], self.sum_terms[2]
+        self.qk_by_value_head = _zeros(H, HV // H, 2, config.head_dim)
+        self.qk_rows = torch.from_numpy(self.qk_by_value_head).view(HV, 2, config.head_dim)
+        self.k_column = self.qk_rows[:, 1].unsqueeze(-1)
+
+        self.reads, self.write = torch.zeros(HV, 2, V), _zeros(HV, V)
+        self.read_q, self.read_k = self.reads[:, 0].numpy(), self.reads[:, 1].numpy()
+        self.write_row, self.write_by_head = torch.from_numpy(self.write).unsqueeze(-2), self.write.reshape(H, HV // H, V)
         # The norm of a scaled o: s o / sqrt(s^2 |o|^2 / V + eps) = sqrt(V) o / sqrt(|o|^2 + V eps / s^2), s = head_dim^-0.5.
-        self.o_eps, self.o_scale = torch.tensor(V * config.norm_eps * config.head_dim), torch.tensor(V**0.5)
-        self.o = torch.empty(1, values)
-        self.o_by_head = self.o.view(HV, V)
-        self.ffn, self.inner = torch.empty(1, 2 * config.ffn_size), torch.empty(1, config.ffn_size)
-        self.ffn_gate, self.ffn_up = self.ffn.chunk(2, -1)
+        self.o_eps, self.o_scale = V * config.norm_eps * config.head_dim, V**0.5
+        self.o = _zeros(HV, V)
+        self.o_row, self.o_by_head = torch.from_numpy(self.o).view(1, values), self.o.reshape(H, HV // H, V)
+        self.gate = gate.reshape(HV, V) if config.use_gate else gate
+        self.ffn, self.inner = _zeros(1, 2 * config.ffn_size), _zeros(1, config.ffn_size)
+        self.ffn_activated, self.ffn_up = np.split(self.ffn, 2, axis=1)
+        self.ffn_gate, self.inner_row = torch.from_numpy(self.ffn_activated), torch.from_numpy(self.inner)
+
+
+def _zeros(*shape: int) -> Array:
+    return np.zeros(shape, np.float32)
+
+
+class _Vectors(NamedTuple):
+    """What a step reads of a layer beside its matrices, as numpy has it."""
+
+    mixer_norm: Array
+    conv: Array | None  # [W, D]
+    conv_bias: Array | None
+    gate_bias: Array  # dt_bias, then zeros [2 HV]
+    gate_rate: Array  # of the decay, then -1 [2 HV]
+    o_norm: Array
+    ffn_norm: Array
+
+
+def _vectors(layer: LayerWeights) -> _Vectors:
+    return _Vectors(
+        mixer_norm=layer.mixer_norm.detach().numpy(),
+        conv=None if layer.conv is None else layer.conv.detach().numpy(),
+        conv_bias=None if layer.conv_bias is None else layer.conv_bias.detach().numpy(),
+        gate_bias=torch.cat([layer.dt_bias, torch.zeros_like(layer.dt_bias)]).detach().numpy(),
+        gate_rate=torch.cat([layer.rate, -torch.ones_like(layer.rate)]).detach().numpy(),
+        o_norm=layer.o_norm.detach().numpy(),
+        ffn_norm=layer.ffn_norm.detach().numpy(),
+    )
+
+
+class _Layer(NamedTuple):
+    weights: LayerWeights
+    vectors: _Vectors
 
 
 class _LayerProducts(NamedTuple):
@@ -180,7 +234,7 @@ class _LayerProducts(NamedTuple):
     down: Product
 
 
-_Products = tuple[list[tuple[LayerWeights, _LayerProducts]], Product]
+_Products = tuple[list[tuple[_Layer, _LayerProducts]], Product]
 _made: "WeakKeyDictionary[GatedDeltaNetLM, tuple[object, _Products]]" = WeakKeyDictionary()
 
 
@@ -195,5 +249,5 @@ def _products(model: GatedDeltaNetLM) -> _Products:
         with ThreadPoolExecutor(torch.get_num_threads()) as pool:
             head = pool.submit(product_with, model.lm_head.weight)
             products = list(pool.map(lambda weights: _LayerProducts(*map(product_with, weights)), large))
-        _made[model] = known, (list(zip(layers, products)), head.result())
+        _made[model] = known, ([(_Layer(layer, _vectors(layer)), made) for layer, made in zip(layers, products)], head.result())
     return _made[model][1]
