@@ -3,9 +3,11 @@
 python benchmarks/decode.py [--device cpu|cuda] [--threads 2] [--tokens 40] [--repetitions 5] [--write]
 
 The floor of a step is one read of the weights that it uses (all but the embedding table) and of the state, and one write of
-the state, at the bandwidth measured here: the best of plain reads of 1 GiB, taken between the other measurements. Beside it the
-rate of PyTorch's own one-row products, which decoding is made of. Prefill runs beside two stacks of transformers in the same
-process, turn by turn, in float32. Of several repetitions the quietest counts, for all: other work only ever adds time.
+the state, at the bandwidth measured here: the best of plain reads of 1 GiB, taken between the other measurements. On a virtual
+machine memory may be half as fast in the next minute: so each repetition's share of the better of the reads before and after it
+stands beside that, as does the rate of the one-row products that decoding is made of. Prefill runs beside two stacks of
+transformers in the same process, turn by turn, in float32. Of several repetitions the quietest counts, for all: other work only
+ever adds time.
 On a GPU: `decode_gpu.py`.
 """
 
@@ -82,8 +84,13 @@ def measure_cpu(tokens: int, repetitions: int) -> dict[str, Any]:
         reads.append(read_bandwidth())
         products[name] = max(*rates, product_bandwidth(dtype))
         del model
+    for row in decode.values():
+        reads += row.get("reads_gb_s", [])
     for name, row in decode.items():
         if "megabytes_a_token" in row:
+            beside = [max(pair) for pair in zip(row["reads_gb_s"], row["reads_gb_s"][1:])]
+            shares = [row["megabytes_a_token"] / read / ms for read, ms in zip(beside, row["repetitions_ms"])]
+            row["shares_of_reads_beside"] = [round(share, 3) for share in shares]
             row["floor_ms"] = round(row["megabytes_a_token"] / max(reads), 2)
             row["share_of_plain_reads"] = round(row["floor_ms"] / row["ms"], 3)
             row["share_of_one_row_products"] = round(row["megabytes_a_token"] / products[name] / row["ms"], 3)
@@ -109,15 +116,17 @@ def published(dtype: torch.dtype, device: str = "cpu") -> GatedDeltaNetLM:
 def decoded(model: GatedDeltaNetLM, tokens: int, repetitions: int) -> dict[str, Any]:
     """ms of a token through the engine, sampling included, and what it moves."""
     weights = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("model.embeddings"))
-    medians = []
+    medians, reads = [], [read_bandwidth()]
     for repetition in range(repetitions):
         stream = generate(model, [1, 2, 3, 4 + repetition], max_new_tokens=tokens + 1, sampling=SAMPLING)
         next(stream)
         medians.append(statistics.median(seconds(lambda stream=stream: next(stream)) * 1e3 for _ in range(tokens)))
+        reads.append(read_bandwidth())
     return {
         "ms": round(min(medians), 2),
         "tokens_per_second": round(1e3 / min(medians), 2),
         "repetitions_ms": [round(ms, 2) for ms in medians],
+        "reads_gb_s": reads,
         "megabytes_a_token": round((weights + 2 * model.new_state(1).nbytes) / 1e6, 1),
     }
 

@@ -1,6 +1,9 @@
 """The step with joined projections against the modules' own: every switch, both dtypes; and what joining leaves as it was."""
 
 import copy
+import gc
+import mmap
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ from gdn.generation import cpu_decoder, cpu_products
 from gdn.generation.cpu_decoder import CPUDecoder
 from gdn.generation.weights import join_projections
 from gdn.model.config import ModelConfig
+from gdn.model.layers import Linear
 from gdn.model.lm import GatedDeltaNetLM, init_weights
 from gdn.model.load import load_model, save_model
 from gdn.model.state import DecodeState
@@ -142,6 +146,46 @@ def test_joining_changes_no_value_name_or_memory(dtype: torch.dtype, tmp_path: P
     loaded = load_model(tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in loaded.state_dict().items())
     assert not CPUDecoder.serves(loaded)
+
+
+@pytest.mark.parametrize("system", ["large pages", "no such advice", "none to give"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+def test_float32_matrices_move_to_large_pages_where_there_are_some(
+    system: str, tied: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once, as they are; the memory goes with the model. macOS knows no such advice; kernels may refuse it."""
+    if system == "no such advice":
+        monkeypatch.delattr(mmap, "MADV_HUGEPAGE", raising=False)
+    elif system == "none to give":
+        monkeypatch.setattr(mmap, "MADV_HUGEPAGE", -1, raising=False)
+    elif not hasattr(mmap, "MADV_HUGEPAGE"):
+        pytest.skip("no large pages to ask for here")
+    model, ids = build(tie_word_embeddings=tied), torch.tensor([random_ids(70)])
+    before, wanted = copy.deepcopy(model.state_dict()), model(ids).logits
+    pieces: list[weakref.ref[mmap.mmap]] = []
+    map_memory = mmap.mmap
+
+    def recorded(*args: Any, **kwargs: Any) -> mmap.mmap:
+        memory = map_memory(*args, **kwargs)
+        pieces.append(weakref.ref(memory))
+        return memory
+
+    monkeypatch.setattr(mmap, "mmap", recorded)
+    for _ in range(2):
+        join_projections(model)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    assert (model.lm_head.weight is model.model.embeddings.weight) == tied and torch.equal(model(ids).logits, wanted)
+    kept = [memory for piece in pieces if (memory := piece()) is not None]
+    assert len(kept) == (system == "large pages")
+    for memory in kept:
+        start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+        matrices = [module.weight for module in model.modules() if isinstance(module, Linear)]
+        assert all(start <= matrix.data_ptr() < start + len(memory) for matrix in matrices)
+        assert not any(matrix.data_ptr() % 64 for matrix in (model.lm_head.weight, model.model.layers[1].mlp.down_proj.weight))
+    del model, kept
+    memory = matrices = None
+    gc.collect()
+    assert not any(piece() for piece in pieces)
 
 
 def test_models_it_cannot_step_are_left_to_the_modules() -> None:

@@ -50,3 +50,11 @@ def test_without_onednns_product_pytorchs_serves(missing: str, monkeypatch: pyte
         monkeypatch.setattr(cpu_products.torch.ops, "mkldnn", object())
     weight, x = torch.randn(70, 90), torch.randn(1, 90)
     assert torch.equal(product_with(weight)(x), torch.nn.functional.linear(x, weight))
+
+
+def test_without_a_graph_fbgemms_product_is_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    weight, x = torch.randn(70, 90).bfloat16(), torch.randn(2, 90)
+    wanted = product_with(weight)(x)
+    monkeypatch.setattr(cpu_products, "_fbgemm", cpu_products._fbgemm.__wrapped__)
+    monkeypatch.delattr(torch._C, "_create_function_from_graph")
+    assert torch.equal(product_with(weight)(x), wanted)

@@ -7,6 +7,7 @@ same numbers. Which one serves follows from dtype and processor, never from a ti
 
 import platform
 from collections.abc import Callable
+from functools import cache, partial
 
 import torch
 import torch.nn.functional as F
@@ -47,8 +48,22 @@ def _in_float32(weight: Tensor) -> Product:
 
 def _packed(weight: Tensor) -> Product:
     packed = torch.ops.quantized.linear_prepack_fp16(weight.detach().float(), None)
-    multiply = torch.ops.quantized.linear_dynamic_fp16.default
-    return lambda x: multiply(x, packed)
+    return partial(_fbgemm(), packed)
+
+
+@cache
+def _fbgemm() -> Callable[[object, Tensor], Tensor]:
+    """FBGEMM's product, the weight first, called by a graph of PyTorch's own.
+
+    Called from Python the operator throws a C++ exception within, and catches it, to tell whether the packed weight is a
+    tracer's stand-in: 10 us in all where the graph takes 5, and more where the caches hold weights (docs/log.md).
+    """
+    if not hasattr(torch._C, "_create_function_from_graph"):
+        return lambda packed, x: torch.ops.quantized.linear_dynamic_fp16.default(x, packed)
+    graph = """graph(%packed : __torch__.torch.classes.quantized.LinearPackedParamsBase, %x : Tensor):
+        %out : Tensor = quantized::linear_dynamic_fp16(%x, %packed)
+        return (%out)"""
+    return torch._C._create_function_from_graph("product", torch._C.parse_ir(graph))
 
 
 def _widened(weight: Tensor) -> Product:

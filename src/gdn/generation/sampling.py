@@ -56,7 +56,8 @@ def draw(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     """As `sample`, with exponentially distributed noise [N, vocab] float32 (None if greedy), unchecked and without waiting."""
     if noise is None:
         return logits.argmax(dim=-1)
-    scores = _scores(logits, sampling).masked_fill(~keep(logits, sampling), -torch.inf)
+    scores = _scores(logits, sampling)
+    scores = scores.masked_fill(~_kept(scores, sampling), -torch.inf)
     # The largest of score - log(exponential noise) is an exact draw from softmax(scores): no running sum over the vocabulary
     # that rounds, no synchronisation. The noise is kept off 0, whose logarithm would win for a token of any score.
     return (scores - noise.clamp(min=torch.finfo(noise.dtype).tiny).log()).argmax(dim=-1)
@@ -69,9 +70,12 @@ def finite(logits: Tensor) -> Tensor:
 
 def keep(logits: Tensor, sampling: Sampling) -> Tensor:
     """Mask [N, vocab] of the tokens that may be drawn: among equal logits the lower id is kept first, and one always is."""
+    return _kept(_scores(logits, sampling), sampling)
+
+
+def _kept(scores: Tensor, sampling: Sampling) -> Tensor:
     if sampling.top_k is None and sampling.top_p is None:
-        return torch.ones_like(logits, dtype=torch.bool)
-    scores = _scores(logits, sampling)
+        return torch.ones_like(scores, dtype=torch.bool)
     ordered = _descending(scores)
     kept = torch.ones_like(ordered, dtype=torch.bool)
     if sampling.top_k is not None:
@@ -102,7 +106,7 @@ def _scores(logits: Tensor, sampling: Sampling) -> Tensor:
 def _check(logits: Tensor) -> None:
     if logits.ndim != 2 or 0 in logits.shape:
         raise ValueError(f"logits are {tuple(logits.shape)}; expected [N, vocab] with at least one row and one token")
-    bad = (~finite(logits)).nonzero().flatten().tolist()
+    bad = [row for row, good in enumerate(finite(logits).tolist()) if not good]
     if bad:
         raise CheckpointError(
             f"the best logit of row {bad[0]} is {logits[bad[0]].amax().item()}; expected a finite number: "

@@ -1,6 +1,8 @@
 """A model's weights as decoding reads them: those that read one input side by side, as one matrix."""
 
-from collections.abc import Sequence
+import mmap
+from collections.abc import Iterable, Sequence
+from itertools import accumulate, repeat
 from typing import NamedTuple
 
 import torch
@@ -10,20 +12,53 @@ from gdn.model.layers import Linear, adjacent
 from gdn.model.lm import Block, GatedDeltaNetLM
 from gdn.model.mixer import GatedDeltaNet
 
+_ALIGNED = 64  # bytes, as PyTorch's own memory
+
 
 def join_projections(model: GatedDeltaNetLM) -> None:
     """Lay the weights that read one input side by side, in place: q, k, v, a, b and the gate; the FFN's gate and up.
 
-    Each parameter's memory becomes its part: names, values and the parameters themselves stay.
+    Each parameter's memory becomes its part: names, values and the parameters themselves stay. Where products read the weights
+    as they lie, float32 on a CPU, the other matrices move with them to memory of large pages, which are read faster.
     """
+    together: list[Sequence[Linear]] = []
+    alone: list[Sequence[Linear]] = [[model.lm_head]]
+    for layer in model.model.layers:
+        assert isinstance(layer, Block)
+        together += [_inputs(layer.attn), [layer.mlp.gate_proj, layer.mlp.up_proj]]
+        alone += [[layer.attn.o_proj], [layer.mlp.down_proj]]
+    groups = [linears for linears in together if adjacent(linears) is None]
+    weights = [linear.weight for linears in together + alone for linear in linears]
+    rooms: Iterable[Tensor | None] | None = None
+    if groups and all(weight.is_cpu and weight.dtype == torch.float32 for weight in weights):
+        rooms = _in_large_pages(together + alone)
+        groups = groups if rooms is None else together + alone
     with torch.no_grad():
-        for layer in model.model.layers:
-            assert isinstance(layer, Block)
-            for linears in (_inputs(layer.attn), [layer.mlp.gate_proj, layer.mlp.up_proj]):
-                if adjacent(linears) is None:
-                    joined = torch.cat([linear.weight for linear in linears])
-                    for linear, part in zip(linears, joined.split([len(linear.weight) for linear in linears])):
-                        linear.weight.data = part
+        for linears, room in zip(groups, repeat(None) if rooms is None else rooms):
+            joined = torch.cat([linear.weight for linear in linears], out=room)
+            for linear, part in zip(linears, joined.split([len(linear.weight) for linear in linears])):
+                linear.weight.data = part
+
+
+def _in_large_pages(groups: Sequence[Sequence[Linear]]) -> Iterable[Tensor] | None:
+    """Room for each group's float32 weights as one matrix, in one piece of memory that is freed with the last of them.
+
+    None where the system has no large pages to give. They are asked for before the memory is used: later costs a copy of it.
+    """
+    shapes = [(sum(len(linear.weight) for linear in linears), linears[0].in_features) for linears in groups]
+    starts = [0, *accumulate(-(-4 * rows * width // _ALIGNED) * _ALIGNED for rows, width in shapes)]
+    advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone has it
+    if advice is None:
+        return None
+    try:
+        memory = mmap.mmap(-1, starts[-1], flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)  # shared memory has other rules
+        memory.madvise(advice)
+    except OSError:
+        return None
+    return (
+        torch.frombuffer(memory, dtype=torch.float32, count=rows * width, offset=start).view(rows, width)
+        for start, (rows, width) in zip(starts, shapes)
+    )
 
 
 def is_joined(model: GatedDeltaNetLM) -> bool:
