@@ -27,8 +27,9 @@ SMALL: dict[str, Any] = {"vocab_size": 16, "num_hidden_layers": 1, "num_heads": 
 
 
 @pytest.fixture(autouse=True)
-def short_strips(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter walks every token and row that a program has room for, one after another."""
+def small_programs(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter walks every token and row that a program has room for, one after another; several rows a program."""
+    monkeypatch.setattr(triton_norm, "PROGRAMS", 8)
     if not GPU:
         for module, way in (("triton_short_conv", "FORWARD"), ("triton_short_conv_backward", "BACKWARD")):
             monkeypatch.setattr(f"gdn.ops.{module}.{way}_TOKENS", 8)
@@ -133,8 +134,10 @@ def test_whoever_looks_into_a_block_is_called() -> None:
         assert block._fused_backend(x, None, None) == "torch"
 
 
+@pytest.mark.parametrize("programs", [1, triton_norm.PROGRAMS])
 @pytest.mark.parametrize(("rows", "D"), [(5, 48), (1, 1024), (70, 100)])
-def test_norm_alone(rows: int, D: int) -> None:
+def test_norm_alone(rows: int, D: int, programs: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(triton_norm, "PROGRAMS", programs)
     generator = torch.Generator().manual_seed(0)
     x, d, w = (torch.randn(*shape, generator=generator).to(DEVICE) for shape in ((rows, D), (rows, D), (D,)))
     found = []

@@ -12,12 +12,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# Rows a program (they set the order of sums of weights' gradients), and warps: on an H200 the best of a dozen (docs/log.md);
-# rows in flight, of which only one has been timed.
+# Rows a program (they set the order of sums of weights' gradients; a backward has fewer where rows are few), and warps: on an
+# H200 the best of a dozen (docs/log.md); rows in flight, of which only one has been timed.
 FORWARD_ROWS, FORWARD_WARPS = 1, 2
 BACKWARD_ROWS, BACKWARD_WARPS, BACKWARD_STAGES = 32, 4, 1
 GATED_FORWARD_ROWS, GATED_FORWARD_WARPS = 1, 2
 GATED_BACKWARD_ROWS, GATED_BACKWARD_WARPS, GATED_BACKWARD_STAGES = 16, 4, 1
+PROGRAMS = 1024  # of a backward at least, where its rows are enough: a program takes its rows one after another
 LARGEST = 8192  # elements of a row: a program holds all of it
 
 
@@ -44,12 +45,13 @@ def norm_backward(d: Tensor, x: Tensor, weight: Tensor, eps: float, d_residual: 
     """
     D = x.shape[-1]
     rows = x.numel() // D
-    programs = triton.cdiv(rows, BACKWARD_ROWS)
+    each = _rows_of_each(rows, BACKWARD_ROWS)
+    programs = triton.cdiv(rows, each)
     dx, partials = torch.empty_like(x), x.new_empty(programs, D, dtype=torch.float32)
     if rows:
         _norm_backward[(programs,)](
             d, x, weight.contiguous(), d_residual, dx, partials, rows, D, eps,
-            BLOCK=triton.next_power_of_2(D), ROWS=BACKWARD_ROWS, STAGES=BACKWARD_STAGES, num_warps=_warps(D, BACKWARD_WARPS),
+            BLOCK=triton.next_power_of_2(D), ROWS=each, STAGES=BACKWARD_STAGES, num_warps=_warps(D, BACKWARD_WARPS),
         )  # fmt: skip
     return dx, partials.sum(0)
 
@@ -73,15 +75,20 @@ def gated_norm_backward(
     dy is overwritten with rms_norm(o) * silu(gate).
     """
     B, T, HV, V = o.shape
-    programs = triton.cdiv(B * T, GATED_BACKWARD_ROWS)
+    each = _rows_of_each(B * T, GATED_BACKWARD_ROWS)
+    programs = triton.cdiv(B * T, each)
     do, partials = torch.empty_like(o), o.new_empty(programs, V, dtype=torch.float32)
     if programs:
         _gated_norm_backward[(programs,)](
             dy, o, proj, weight.contiguous(), do, dproj, partials, B * T, *_in_units(proj.shape[-1], column), eps,
-            **_heads(HV, V), ROWS=GATED_BACKWARD_ROWS, STAGES=GATED_BACKWARD_STAGES,
+            **_heads(HV, V), ROWS=each, STAGES=GATED_BACKWARD_STAGES,
             num_warps=_warps(HV * V, GATED_BACKWARD_WARPS),
         )  # fmt: skip
     return do, partials.sum(0)
+
+
+def _rows_of_each(rows: int, most: int) -> int:
+    return min(most, triton.next_power_of_2(max(1, triton.cdiv(rows, PROGRAMS))))
 
 
 def _warps(D: int, for_1024: int) -> int:
