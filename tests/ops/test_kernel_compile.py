@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -42,14 +43,21 @@ def check(arch: int, reports: list[dict[str, Any]]) -> None:
     assert not [report for report in reports if report.get("serialised")], "ptxas serialises tensor-core products"
 
 
-def test_kernels_fit_the_shared_memory_of_small_gpus(tmp_path: Path) -> None:
-    reports = compile_for(86, tmp_path)
+@pytest.fixture(scope="module")
+def compiling(tmp_path_factory: pytest.TempPathFactory) -> dict[int, "Future[list[dict[str, Any]]]"]:
+    """Both at once: each takes one core for a minute."""
+    with ThreadPoolExecutor() as pool:
+        return {arch: pool.submit(compile_for, arch, tmp_path_factory.mktemp(f"sm_{arch}")) for arch in (86, 90)}
+
+
+def test_kernels_fit_the_shared_memory_of_small_gpus(compiling: dict[int, "Future[list[dict[str, Any]]]"]) -> None:
+    reports = compiling[86].result()
     assert Counter(report["kernel"] for report in reports) == KERNELS
     check(86, reports)
 
 
-def test_hoppers_own_kernels_fit_and_their_products_overlap(tmp_path: Path) -> None:
-    reports = compile_for(90, tmp_path)
+def test_hoppers_own_kernels_fit_and_their_products_overlap(compiling: dict[int, "Future[list[dict[str, Any]]]"]) -> None:
+    reports = compiling[90].result()
     assert Counter(report["kernel"] for report in reports) == HOPPER
     assert all("serialised" in report for report in reports)
     check(90, reports)
