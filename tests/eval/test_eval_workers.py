@@ -69,9 +69,8 @@ def prepare(scorer: Any, progress: Callable[[int, int], None] | None) -> Callabl
             scores = scorer.likelihoods([Request([7], [8])] * 3)
             texts = scorer.generate([[1], [2]], 5, {6}, isinstance_of_list)
             return {"scores": scores, "texts": texts, "counts": (scorer.tokens_computed, scorer.tokens_asked)}
-        if work.task == "leaves":  # two asks behind it
-            for token in (1, 2):
-                scorer._connection.send(("ask", ("likelihoods", [Request([token], [8])])))
+        if work.task == "leaves":  # an ask behind it
+            scorer._connection.send(("ask", ("likelihoods", [Request([7], [8])])))
             os.kill(os.getpid(), signal.SIGKILL)
         blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         given = [torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]]
@@ -177,7 +176,7 @@ def test_what_is_not_wanted_any_more_is_not_scored() -> None:
 
 
 def test_asks_of_a_worker_that_died_are_let_go() -> None:
-    """The first is being scored when it dies, and its answer goes nowhere; the second waits, and is not scored."""
+    """Both die: while the ask of one is scored, whose answer goes nowhere, and with an ask that is not scored any more."""
 
     def during(progress: Callable[[int], None]) -> None:
         until(lambda: not multiprocessing.active_children())
@@ -185,9 +184,21 @@ def test_asks_of_a_worker_that_died_are_let_go() -> None:
             progress(1)
 
     scorer = FakeScorer(during)
-    with pytest.raises(RunError, match=r"^leaves: the worker process that measured it was killed"):
-        measure("leaves leaves2", opener=lambda: scorer)
-    assert scorer.asked == [1]
+    with pytest.raises(RunError, match=r"^leaves1: the worker process that measured it was killed"):
+        measure("leaves1 leaves2", opener=lambda: scorer)
+    assert scorer.asked == [7]
+
+
+def test_the_longest_task_is_answered_first() -> None:
+    """Its worker has most left to do behind that."""
+    works: Any = [FakeWork("copa", "copa"), FakeWork("hellaswag", "hellaswag"), FakeWork("piqa", "piqa")]
+    team, scorer = workers._Team(works, lambda *shown: None), FakeScorer()
+    for number in range(3):
+        ours, _ = multiprocessing.Pipe()
+        team.running[ours], team.asks[ours] = number, ("likelihoods", [Request([number], [8])])
+    while team.asks:
+        team.answer(scorer)
+    assert scorer.asked == [1, 2, 0]
 
 
 def test_an_error_is_the_first_of_the_plan_and_what_is_before_it_is_done() -> None:

@@ -151,7 +151,7 @@ class _Team:
         self.waiting = sorted(range(len(works)), key=lambda number: -_seconds(works[number]))  # the next is the first
         self.processes: dict[Connection, BaseProcess] = {}
         self.running: dict[Connection, int] = {}
-        self.asks: deque[tuple[Connection, tuple[Any, ...]]] = deque()
+        self.asks: dict[Connection, tuple[Any, ...]] = {}  # one of a worker, which waits for its answer
         self.results: deque[tuple[Work, dict[str, Any]]] = deque()
         self.failed = len(works)  # the first that has; what comes behind it is not wanted any more
         self.error: Exception | None = None
@@ -184,9 +184,10 @@ class _Team:
             except (EOFError, OSError):
                 kind, content = "death", _death(self.works[number].name, self.processes[connection])
             if kind == "ask":
-                self.asks.append((connection, content))
+                self.asks[connection] = content
                 continue
             del self.running[connection]
+            self.asks.pop(connection, None)  # of one that died
             if kind == "result":
                 self.results.append((self.works[number], content))
             elif kind == "unprepared" or number < self.failed:
@@ -196,10 +197,9 @@ class _Team:
                 self._give(connection)
 
     def answer(self, scorer: Any) -> None:
-        """The ask that came first, if its worker lives; between its batches messages are taken in."""
-        connection, (method, *arguments) = self.asks.popleft()
-        if connection not in self.running:
-            return
+        """The ask of the longest task, of which most is left to do behind it; between its batches messages are taken in."""
+        connection = max(self.asks, key=lambda connection: _seconds(self.works[self.running[connection]]))
+        method, *arguments = self.asks.pop(connection)
         number, total = self.running[connection], len(arguments[0])
         computed, asked = scorer.tokens_computed, scorer.tokens_asked
 
