@@ -190,8 +190,8 @@ class _Team:
             self.asks.pop(connection, None)  # of one that died
             if kind == "result":
                 self.results.append((self.works[number], content))
-            elif kind == "unprepared" or number < self.failed:
-                self.failed, self.error = -1 if kind == "unprepared" else number, content
+            elif number < self.failed:
+                self.failed, self.error = number, content
                 self.waiting = [other for other in self.waiting if other < self.failed]
             if kind in ("result", "error"):
                 self._give(connection)
