@@ -41,7 +41,7 @@ _SECONDS = {"hellaswag": 18.6, "arc_easy": 4.2, "lambada_openai": 3.2, "boolq": 
 _SECONDS |= {"arc_challenge": 2.3, "sciq": 1.9, "winogrande": 0.8, "copa": 0.3}
 _RULER_SECONDS = 6.3 / 2048  # a token of its prompts' length
 _UNKNOWN_SECONDS = 10.0
-_MOST = 8  # the longest task takes a quarter of the table's time, and half of what is left is the device's
+_MOST = 8  # the longest task takes a quarter of the table's time; not measured
 
 
 def choose_workers(asked: int | None, tasks: int, device: torch.device, ours: bool) -> int:
@@ -229,7 +229,7 @@ class _Team:
             work = self.works[self.waiting[0]]
             self.running[connection] = self.waiting.pop(0)
             self.show(work.name, 0, 0)
-            with suppress(OSError):  # as above
+            with suppress(OSError):  # as with answers
                 connection.send(work)
 
 
