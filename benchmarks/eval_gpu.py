@@ -155,8 +155,7 @@ def warm(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
             tasks = evaluate(folder, options, Path(name) / str(turn), torch.device(args.device), Console(quiet=True))
             synchronize()
             found.append(time.perf_counter() - began)
-            alone = torch.cuda.is_available() and args.workers == 1  # else the workers have it
-            memory = torch.cuda.max_memory_allocated() / 1e9 if alone else None
+            memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
             row = {"seconds of the first": found[0], "seconds": found[1:], "peak memory, GB": memory}
             if turn:
                 rows.add("warm", row | numbers(tasks))

@@ -1,9 +1,10 @@
 """`gdn eval` from the command line, on a tiny model and made-up documents: table, reuse, comparison, errors."""
 
+import gc
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from eval_testing import make_documents, make_model, write_data, write_tokenizer
 
 from gdn.cli import main
 from gdn.eval import harness
+from gdn.eval.scoring import Scorer
 from gdn.evaluate import _Table
 from gdn.model.load import save_model
 
@@ -78,20 +80,39 @@ def test_an_error_keeps_what_is_finished_and_the_next_call_reuses_it(
     assert "mmlu: no local data" in capsys.readouterr().err
     measured = []
     original = harness.run_task
-    monkeypatch.setattr(harness, "run_task", lambda *a, **k: measured.append(a[1].name) or original(*a, **k))
+    monkeypatch.setattr(harness, "run_task", lambda *a, **k: measured.append((a[1].name, gc.isenabled())) or original(*a, **k))
     assert run(checkpoint, "--data", data, "--tasks", "copa,piqa", "--out", out) == 0
-    assert measured == ["piqa"]
+    assert measured == [("piqa", False)] and gc.isenabled()
     assert run(checkpoint, "--data", data, "--tasks", "copa,piqa", "--out", out, "--limit", 2) == 2
     assert "another lock (limit: none, 2)" in capsys.readouterr().err
 
 
 def test_two_workers_write_what_one_process_does(
-    checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    checkpoint: Path,
+    data: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    test_data: Callable[[str], Path],
 ) -> None:
-    """Files and table of an error, which comes third, and of the next call, which uses what was kept; but for the seconds."""
-    tasks = "copa,wikitext_harness,sciq,hellaswag"
+    """Files and table of an error, which comes third, and of the next call, which uses what was kept; but for the seconds.
+
+    Only this process has the model: asked here are the sequences of all tasks, scored and written ones.
+    """
+    (data / "ruler").symlink_to(test_data("data/ruler/PaulGrahamEssays.json").parent)
+    tasks = "copa,wikitext_harness,sciq,hellaswag,niah_single_1"
     kept, pages = {}, {}
+    asked: list[tuple[str, int]] = []
+    for name in ("likelihoods", "generate"):
+        own = getattr(Scorer, name)
+        monkeypatch.setattr(
+            Scorer,
+            name,
+            lambda self, items, *a, _own=own, _name=name, **k: asked.append((_name, len(items))) or _own(self, items, *a, **k),
+        )
+    counts = {}
     for workers in (1, 2):
+        asked.clear()
         out = tmp_path / str(workers) / "eval"
         arguments = [checkpoint, "--data", data, "--limit", 3, "--out", out, "--workers", workers]
         assert run(*arguments, "--tasks", "copa,wikitext_harness,mmlu") == 2
@@ -106,7 +127,9 @@ def test_two_workers_write_what_one_process_does(
             assert task.pop("seconds") > task.pop("seconds_loading") >= 0, name
         samples = {path.name: path.read_bytes() for path in out.glob("samples_*")}
         kept[workers], pages[workers] = json.dumps(after), [table[:-1], (out / "report.html").read_bytes(), samples]
+        counts[workers] = sorted(asked)
     assert kept[1] == kept[2] and pages[1] == pages[2]
+    assert counts[1] == counts[2] and ("generate", 3) in counts[2] and len(counts[2]) == 6
 
 
 def test_comparison_of_two_results(checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -146,7 +169,10 @@ def test_a_model_of_another_architecture_goes_through_the_harness(
     torch.manual_seed(0)
     config = GPT2Config(vocab_size=400, n_embd=16, n_layer=1, n_head=2, n_positions=96, bos_token_id=0, eos_token_id=0)
     GPT2LMHeadModel(config).save_pretrained(folder)
-    assert run(folder, "--data", data, "--tasks", "copa", "--out", tmp_path / "out") == 0
+    arguments = [folder, "--data", data, "--tasks", "copa,sciq", "--out", tmp_path / "out"]
+    assert run(*arguments, "--workers", 2) == 2
+    assert "gdn: --workers = 2 for a model of another architecture" in capsys.readouterr().err
+    assert run(*arguments) == 0
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert content["lock"]["backend"] == "transformers" and content["tasks"]["copa"]["documents"] == 4
 

@@ -38,7 +38,11 @@ def add_eval(commands: "argparse._SubParsersAction[Any]") -> None:
     add.add_argument("--max-length", type=int, metavar="N", help="tokens of context (default: the model configuration's)")
     add.add_argument("--token-budget", type=int, metavar="N", help="tokens of one forward pass (default: by device)")
     add.add_argument(
-        "--workers", type=int, default=1, metavar="N", help="processes that share the tasks and the device (default: 1)"
+        "--workers",
+        type=int,
+        default=1,
+        metavar="N",
+        help="processes that share the tasks, beside the one with the model (default: 1)",
     )
     add.add_argument("--out", type=Path, help="folder of results (default: CKPT/eval, or eval/NAME of a hub id)")
     add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")

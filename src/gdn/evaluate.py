@@ -18,9 +18,9 @@ from gdn.errors import CheckpointError, ConfigError
 from gdn.eval import harness, local, workers
 from gdn.eval.card import MEAN, in_errors, row_of, ruler_mean
 from gdn.eval.results import Results, read_samples
-from gdn.eval.scoring import STATE_BYTES, TOKEN_BUDGET, Scorer
+from gdn.eval.scoring import TOKEN_BUDGET, Scorer, without_collector
 from gdn.files import sha256_file, write_text
-from gdn.model.load import CONFIG, load_model, read_json
+from gdn.model.load import CONFIG, load_model, read_config, read_json
 from gdn.ops.backend import choose_backend
 from gdn.report.evaluation import EvaluationReport, Example, Measured, render_evaluation
 from gdn.report.figures import Cell
@@ -33,8 +33,8 @@ _OURS = "gated_deltanet"
 class Options:
     """What of `gdn eval` decides its numbers, and by how many processes they are computed, which changes none of them.
 
-    workers: 1 unless asked for, because each imports the caller's main module anew and shares the device with whatever the
-    caller holds there; None for `gdn.eval.workers.choose_workers` to choose.
+    workers: 1 unless asked for, because each imports the caller's main module anew; None for
+    `gdn.eval.workers.choose_workers` to choose.
     """
 
     data: Path | None
@@ -69,10 +69,11 @@ def evaluate(folder: Path, options: Options, out: Path, device: torch.device, co
     results = Results(out, lock, str(folder), order)
     found = {work.name: results.finished(work.name, _data_sha256(work, options)) for work in works}
     missing = [work for work in works if found[work.name] is None]
-    weights = sum(path.stat().st_size for path in folder.glob("*.safetensors")) if _is_ours(folder) else None
-    number = workers.choose_workers(options.workers, len(missing), device, weights)
-    opener = partial(_open, folder, options, device, dtype, number)
-    with table, closing(workers.measure(missing, number, opener, table.progress)) as measured:
+    ours = _is_ours(folder)
+    number = workers.choose_workers(options.workers, len(missing), device, ours)
+    opener, prepare = partial(_open, folder, options, device, dtype), partial(_prepare, folder, options)
+    config = read_config(folder) if ours else None
+    with table, closing(workers.measure(missing, number, opener, prepare, table.progress, config)) as measured:
         for name, result in found.items():
             if result is not None:
                 table.add(name, result)
@@ -172,28 +173,22 @@ class _Table:
         return table
 
 
-def _open(
-    folder: Path,
-    options: Options,
-    device: torch.device,
-    dtype: torch.dtype,
-    processes: int,
-    progress: Callable[[int, int], None],
-) -> workers.Measure:
-    """The model in `folder`, one of so many on the device, as what measures a task with it."""
-    tokenizer = harness.load_tokenizer(folder)
-    model: Any
+def _open(folder: Path, options: Options, device: torch.device, dtype: torch.dtype) -> Any:
+    """The model in `folder`: a Scorer, or of another architecture the harness's own."""
     if _is_ours(folder):
-        held = STATE_BYTES.get(device.type, STATE_BYTES["cpu"]) // processes
-        scorer = Scorer(load_model(folder, dtype=dtype, device=device), token_budget=options.token_budget, state_bytes=held)
-        model = harness.adapt(scorer, tokenizer, options.max_length, progress)
-    else:
-        model = harness.other_model(folder, tokenizer, device, dtype, options.max_length)
+        return Scorer(load_model(folder, dtype=dtype, device=device), token_budget=options.token_budget)
+    return harness.other_model(folder, harness.load_tokenizer(folder), device, dtype, options.max_length)
+
+
+def _prepare(folder: Path, options: Options, model: Any, progress: Callable[[int, int], None] | None) -> workers.Measure:
+    """What measures a task with that model, or with ours in another process."""
+    tokenizer, ours = harness.load_tokenizer(folder), _is_ours(folder)
+    lm = harness.adapt(model, tokenizer, options.max_length, progress) if ours else model
 
     def measure(work: harness.Work) -> dict[str, Any]:
-        return harness.run_task(model, work, tokenizer, data=options.data, limit=options.limit, num_fewshot=options.num_fewshot)
+        return harness.run_task(lm, work, tokenizer, data=options.data, limit=options.limit, num_fewshot=options.num_fewshot)
 
-    return measure
+    return without_collector()(measure) if ours else measure  # of tensors in cycles elsewhere we know nothing
 
 
 def _is_ours(folder: Path) -> bool:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import pickle
 import random
 import re
 from collections import Counter
@@ -128,7 +129,7 @@ def test_odd_pairs_and_long_ones_equal_hflm(model: GatedDeltaNetLM, tokenizer: A
     same(ours.loglikelihood(requests), theirs.loglikelihood(requests, disable_tqdm=True), 1e-4)
 
 
-def test_generated_texts_equal_hflm(model: GatedDeltaNetLM, tokenizer: Any) -> None:
+def test_generated_texts_equal_hflm(model: GatedDeltaNetLM, tokenizer: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     ours, theirs = harness.adapt(Scorer(model), tokenizer), as_hflm(model, tokenizer, 2)
     prompts = ["the river", "old boats past nine", "winter " * 90, "a"]
     free = {"do_sample": False, "temperature": 0.0, "max_gen_toks": 24, "until": []}
@@ -141,6 +142,9 @@ def test_generated_texts_equal_hflm(model: GatedDeltaNetLM, tokenizer: Any) -> N
     got = ours.generate_until(cut)
     assert got == theirs.generate_until(cut, disable_tqdm=True)
     assert got[0] == texts[0].split(stop)[0] != texts[0]
+    own = Scorer.generate
+    monkeypatch.setattr(Scorer, "generate", lambda self, *asked: own(self, *pickle.loads(pickle.dumps(asked))))
+    assert ours.generate_until(cut) == got  # a scorer in another process, where all is sent
 
 
 def test_sampling_is_refused(model: GatedDeltaNetLM, tokenizer: Any) -> None:

@@ -1,5 +1,6 @@
 """Scores and greedy texts against the plain way, one request at a time in one forward; the same whatever the batches."""
 
+import gc
 import random
 
 import pytest
@@ -101,9 +102,11 @@ def test_a_shared_context_is_read_once(model: GatedDeltaNetLM) -> None:
     assert (scorer.tokens_computed, scorer.tokens_asked) == (50 + 4 * 9 + 50, 4 * 59 + 2 * 50)
 
 
-def test_progress_ends_at_all_requests(model: GatedDeltaNetLM, requests: list[Request]) -> None:
+def test_progress_ends_at_all_requests_and_the_collector_rests(model: GatedDeltaNetLM, requests: list[Request]) -> None:
     said: list[int] = []
-    Scorer(model, token_budget=512).likelihoods(requests, said.append)
+    collecting: set[bool] = set()
+    Scorer(model, token_budget=512).likelihoods(requests, lambda done: said.append(done) or collecting.add(gc.isenabled()))
+    assert collecting == {False} and gc.isenabled()
     assert said == sorted(said) and said[-1] == len(requests) and len(said) > 3
 
 

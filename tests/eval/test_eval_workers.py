@@ -1,11 +1,12 @@
-"""Tasks in worker processes: order, errors, deaths, and whom they outlive. What is measured is made up: no model, no tasks."""
+"""Tasks in worker processes: order, asks, errors, deaths, and whom they outlive. What is measured is made up, as the scorer."""
 
+import multiprocessing
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ import torch
 
 from gdn.errors import CheckpointError, ConfigError, DataError, RunError
 from gdn.eval import workers
+from gdn.eval.scoring import Likelihood, Request
 
 
 class FakeWork(NamedTuple):
@@ -23,11 +25,35 @@ class FakeWork(NamedTuple):
     length: int | None = None
 
 
-def opener(progress: Callable[[int, int], None]) -> Callable[[FakeWork], dict[str, Any]]:
-    """Measures by name: "killed" dies, "slow" takes long, "bad" and "bug" raise; else the process and what it was given."""
+class FakeScorer:
+    """Says in which process it answers; of what it was asked keeps first tokens. `during` is called with each progress."""
+
+    def __init__(self, during: Callable[[Callable[[int], None]], None] = lambda progress: progress(1)) -> None:
+        self.tokens_computed, self.tokens_asked = 100, 200
+        self.asked: list[int] = []
+        self.during = during
+
+    def likelihoods(self, requests: Sequence[Request], progress: Callable[[int], None]) -> list[Likelihood]:
+        self.asked.append(requests[0].context[0])
+        self.during(progress)
+        self.tokens_computed, self.tokens_asked = self.tokens_computed + 1, self.tokens_asked + len(requests)
+        return [Likelihood(-float(os.getpid()), True) for _ in requests]
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        eos_ids: set[int],
+        stop: Callable[[list[int]], bool],
+        progress: Callable[[int], None],
+    ) -> list[list[int]]:
+        return [[max_new_tokens, *eos_ids, os.getpid(), stop([1])] for _ in prompts]
+
+
+def prepare(scorer: Any, progress: Callable[[int, int], None] | None) -> Callable[[FakeWork], dict[str, Any]]:
+    """Measures by name: "killed" dies, "slow" takes long, "bad" and "bug" raise, "asks" asks; else what its process has."""
 
     def measure(work: FakeWork) -> dict[str, Any]:
-        progress(1, 2)
         if work.task == "killed":
             os.kill(os.getpid(), signal.SIGKILL)
         if work.task == "slow":
@@ -39,21 +65,40 @@ def opener(progress: Callable[[int, int], None]) -> Callable[[FakeWork], dict[st
             raise DataError(f"{work.name}: cut short")
         if work.task == "bug":
             raise ZeroDivisionError
+        if work.task == "asks":
+            scores = scorer.likelihoods([Request([7], [8])] * 3)
+            texts = scorer.generate([[1], [2]], 5, {6}, isinstance_of_list)
+            return {"scores": scores, "texts": texts, "counts": (scorer.tokens_computed, scorer.tokens_asked)}
+        if work.task == "leaves":  # an ask behind it
+            scorer._connection.send(("ask", ("likelihoods", [Request([9], [8])])))
+            os.kill(os.getpid(), signal.SIGKILL)
         blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
-        return {"pid": os.getpid(), "threads": [torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"]], "deaf": blocked}
+        given = [torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]]
+        return {"pid": os.getpid(), "given": given, "deaf": blocked}
 
     return measure
 
 
-def no_model(progress: Callable[[int, int], None]) -> Callable[[FakeWork], dict[str, Any]]:
-    raise CheckpointError("weights: not a model")
+def isinstance_of_list(ids: list[int]) -> bool:
+    return isinstance(ids, list)
 
 
-def measure(names: str, into: dict[str, Any] | None = None, number: int = 2, open_: Any = opener) -> dict[str, Any]:
+def unprepared(scorer: Any, progress: Callable[[int, int], None] | None) -> Callable[[FakeWork], dict[str, Any]]:
+    raise ConfigError("not its tokenizer")
+
+
+def measure(
+    names: str,
+    into: dict[str, Any] | None = None,
+    number: int = 2,
+    prepare: Any = prepare,
+    opener: Callable[[], Any] = FakeScorer,
+) -> dict[str, Any]:
     """What comes of these tasks, in the order it came; also in `into`, for those that end in an error."""
     found: dict[str, Any] = {} if into is None else into
     works: Any = [FakeWork(name, name.rstrip("0123456789")) for name in names.split()]
-    with closing(workers.measure(works, number, open_, lambda *shown: SHOWN.append(shown))) as results:
+    SHOWN.clear()
+    with closing(workers.measure(works, number, opener, prepare, lambda *shown: SHOWN.append(shown))) as results:
         for work, result in results:
             found[work.name] = result
     return found
@@ -62,19 +107,100 @@ def measure(names: str, into: dict[str, Any] | None = None, number: int = 2, ope
 SHOWN: list[tuple[str, int, int]] = []
 
 
+def begun() -> list[str]:
+    return [name for name, _, total in SHOWN if total == 0]
+
+
+def until(condition: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
 def test_tasks_run_the_longest_first_in_processes_that_share_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("RAYON_NUM_THREADS", raising=False)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(workers, "usable_cores", lambda physical: 7)
-    monkeypatch.setattr(torch, "get_num_threads", lambda: 5)
-    SHOWN.clear()
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "3")
     found = measure("copa piqa slow hellaswag")
     assert set(found) == {"copa", "piqa", "slow", "hellaswag"} and len({result["pid"] for result in found.values()}) == 2
     assert os.getpid() not in {result["pid"] for result in found.values()}
-    assert all(result["threads"] == [2, "3"] and result["deaf"] for result in found.values())
-    begun = [name for name, done, total in SHOWN if total == 0]
-    assert begun == ["hellaswag", "slow", "piqa", "copa"] and ("slow", 1, 2) in SHOWN
-    assert next(iter(found)) == "hellaswag" and "RAYON_NUM_THREADS" not in os.environ
+    assert all(result["given"] == [1, "3", ""] and result["deaf"] for result in found.values())
+    assert begun() == ["hellaswag", "slow", "piqa", "copa"] and next(iter(found)) == "hellaswag"
+    assert "RAYON_NUM_THREADS" not in os.environ and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+def test_asks_are_answered_here() -> None:
+    """Errors and counts are those of a Scorer beside the task; what is asked is shown as it is done."""
+    here = os.getpid()
+    scores, texts = [Likelihood(-float(here), True)] * 3, [[5, 6, here, True]] * 2
+    found = measure("asks1 asks2 asks3")
+    assert found["asks1"]["scores"] == scores and found["asks2"]["texts"] == texts and ("asks3", 1, 3) in SHOWN
+    assert {result["counts"] for result in found.values()} <= {(1, 3), (2, 6), (3, 9)}  # of its worker's tasks
+
+
+def test_who_has_ended_a_task_gets_the_next_while_another_is_scored() -> None:
+    def during(progress: Callable[[int], None]) -> None:
+        until(lambda: progress(1) or "copa" in begun())
+
+    found = measure("asks slow copa", opener=lambda: FakeScorer(during))  # "slow" ends when "asks" has asked
+    assert set(found) == {"asks", "slow", "copa"}
+
+
+def test_an_error_of_the_scorer_is_its_task_s() -> None:
+    def fails(error: BaseException) -> Callable[[], FakeScorer]:
+        def during(progress: Callable[[int], None]) -> None:
+            raise error
+
+        return lambda: FakeScorer(during)
+
+    found: dict[str, Any] = {}
+    with pytest.raises(CheckpointError, match=r"^logits are nan$"):
+        measure("slow asks copa", found, opener=fails(CheckpointError("logits are nan")))
+    assert set(found) >= {"slow"}
+    with pytest.raises(RuntimeError, match=r"(?s)scorer.likelihoods.*self.during\(progress\).*KeyError: 'bug'"):
+        measure("slow asks", opener=fails(KeyError("bug")))
+    with pytest.raises(KeyboardInterrupt):
+        measure("asks forever", opener=fails(KeyboardInterrupt()))
+    assert not multiprocessing.active_children()
+
+
+def test_what_is_not_wanted_any_more_is_not_scored() -> None:
+    """Behind a task that has failed; but the worker that asked is free again, for what comes before that."""
+    found: dict[str, Any] = {}
+    scorer = FakeScorer(lambda progress: until(lambda: progress(1) or "copa1" in begun()))
+    with pytest.raises(DataError, match=r"^bad: cut short$"):
+        measure("copa1 copa2 bad asks1 asks2", found, 3, opener=lambda: scorer)
+    assert set(found) >= {"copa1", "copa2"} and len(scorer.asked) <= 1
+
+
+def test_asks_of_a_worker_that_died_are_let_go() -> None:
+    """Two die: while the ask of one is scored, whose answer goes nowhere, and with an ask that is not scored any more."""
+
+    def during(progress: Callable[[int], None]) -> None:
+        until(lambda: len(multiprocessing.active_children()) == living)
+        for _ in range(4):  # whatever they have said, and their end
+            progress(1)
+
+    for living, names in enumerate(("leaves1 leaves2", "asks leaves1 leaves2")):
+        scorer = FakeScorer(during)
+        found: dict[str, Any] = {}
+        with pytest.raises(RunError, match=r"^leaves1: the worker process that measured it was killed"):
+            measure(names, found, 2 + living, opener=lambda scorer=scorer: scorer)
+        assert scorer.asked.count(9) <= 1 and len(found) == living
+
+
+def test_the_longest_task_is_answered_first() -> None:
+    """Its worker has most left to do behind that."""
+    works: Any = [FakeWork("copa", "copa"), FakeWork("hellaswag", "hellaswag"), FakeWork("piqa", "piqa")]
+    team, scorer = workers._Team(works, lambda *shown: None), FakeScorer()
+    for number in range(3):
+        ours, _ = multiprocessing.Pipe()
+        team.running[ours], team.asks[ours] = number, ("likelihoods", [Request([number], [8])])
+    while team.asks:
+        team.answer(scorer)
+    assert scorer.asked == [1, 2, 0]
 
 
 def test_an_error_is_the_first_of_the_plan_and_what_is_before_it_is_done() -> None:
@@ -83,8 +209,15 @@ def test_an_error_is_the_first_of_the_plan_and_what_is_before_it_is_done() -> No
     with pytest.raises(RuntimeError, match="raise ZeroDivisionError"):
         measure("slow copa bug bad piqa", found)
     assert set(found) == {"slow", "copa"}
+    with pytest.raises(ConfigError, match=r"^not its tokenizer$"):
+        measure("copa piqa", prepare=unprepared)
+
+    def no_model() -> FakeScorer:
+        raise CheckpointError("weights: not a model")
+
     with pytest.raises(CheckpointError, match=r"^weights: not a model$"):
-        measure("copa piqa", open_=no_model)
+        measure("copa bad", opener=no_model)
+    assert not multiprocessing.active_children()
 
 
 def test_a_worker_that_is_killed_is_named_by_its_task() -> None:
@@ -114,18 +247,17 @@ def test_no_worker_outlives_its_parent() -> None:
 
 def test_how_many_workers(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda, cpu = torch.device("cuda"), torch.device("cpu")
-    free = [140 << 30]
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (free[0], free[0]))
-    monkeypatch.setattr(workers, "usable_cores", lambda physical: 16)
-    assert [workers.choose_workers(None, tasks, cuda, 1 << 30) for tasks in (0, 1, 3, 15)] == [1, 1, 3, 4]
-    assert workers.choose_workers(None, 15, cuda, None) == workers.choose_workers(None, 15, cpu, 1 << 30) == 1
-    assert workers.choose_workers(3, 15, cpu, None) == 3 and workers.choose_workers(99, 2, cuda, 1 << 30) == 2
-    for gigabytes, number in ((24, 1), (51, 2), (80, 4)):
-        free[0] = gigabytes << 30
-        assert workers.choose_workers(None, 15, cuda, 1 << 30) == number
+    choose = workers.choose_workers
+    for cores, numbers in ((3, [1, 1, 1, 1]), (16, [1, 1, 3, 4]), (64, [1, 1, 3, 8])):
+        monkeypatch.setattr(workers, "usable_cores", lambda physical, cores=cores: cores)
+        assert [choose(None, tasks, cuda, True) for tasks in (0, 1, 3, 15)] == numbers
+    assert choose(None, 15, cuda, False) == choose(None, 15, cpu, True) == choose(1, 15, cuda, False) == 1
+    assert choose(3, 15, cpu, True) == 3 and choose(99, 2, cuda, True) == 2
     with pytest.raises(ConfigError, match=r"^--workers = 0; expected at least 1$"):
-        workers.choose_workers(0, 15, cpu, None)
+        choose(0, 15, cpu, True)
+    with pytest.raises(ConfigError, match=r"^--workers = 2 for a model of another architecture, which answers no other"):
+        choose(2, 15, cuda, False)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert workers.choose_workers(None, 15, cuda, 1 << 30) == workers.choose_workers(1, 15, cpu, None) == 1
+    assert choose(None, 15, cuda, True) == choose(1, 15, cpu, False) == 1
     with pytest.raises(ConfigError, match=r"^--workers = 2 under torchrun, whose processes share each task"):
-        workers.choose_workers(2, 15, cpu, None)
+        choose(2, 15, cpu, True)

@@ -3,8 +3,9 @@
 The one class here inherits from the harness's, because that is what its evaluator accepts.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from typing import Any, Literal, TypeVar
+from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import partial
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from lm_eval.api.instance import Instance
@@ -13,12 +14,32 @@ from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normaliz
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gdn.errors import ConfigError
-from gdn.eval.scoring import Likelihood, Request, Scorer
+from gdn.eval.scoring import Likelihood, Request
+from gdn.model.config import ModelConfig
 
 Rolling = Literal["one_bos", "harness", "stream"]
 Progress = Callable[[int, int], None]
 _GENERATION_KEYS = {"until", "max_gen_toks", "do_sample", "temperature"}
 T = TypeVar("T")
+
+
+class Scoring(Protocol):
+    """What answers requests: a `Scorer`, or what asks one in another process (`gdn.eval.workers`)."""
+
+    config: ModelConfig
+    tokens_computed: int
+    tokens_asked: int
+
+    def likelihoods(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Likelihood]: ...
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        eos_ids: Collection[int],
+        stop: Callable[[list[int]], bool] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[int]]: ...
 
 
 class HarnessModel(TemplateLM):
@@ -34,7 +55,7 @@ class HarnessModel(TemplateLM):
 
     def __init__(
         self,
-        scorer: Scorer,
+        scorer: Scoring,
         tokenizer: Any,
         *,
         max_length: int,
@@ -43,9 +64,9 @@ class HarnessModel(TemplateLM):
     ) -> None:
         super().__init__()
         size = len(tokenizer)
-        if size > scorer.model.config.vocab_size:
+        if size > scorer.config.vocab_size:
             raise ConfigError(
-                f"the tokenizer has {size} ids, the model embeddings for {scorer.model.config.vocab_size}: not its tokenizer"
+                f"the tokenizer has {size} ids, the model embeddings for {scorer.config.vocab_size}: not its tokenizer"
             )
         self.scorer = scorer
         self.tokenizer = tokenizer
@@ -53,7 +74,6 @@ class HarnessModel(TemplateLM):
         self.max_gen_toks = 256  # HFLM's
         self.rolling: Rolling = rolling
         self.progress = progress
-        self._device = scorer.device
 
     @property
     def eot_token_id(self) -> int:
@@ -157,14 +177,11 @@ class HarnessModel(TemplateLM):
             raise ConfigError(f"max_gen_toks = {new}; expected less than the maximum length, {self.max_length}")
         prompts = [prompt[-room:] for prompt in prompts]
         terms = [term for term in until if term and term != eos]
-
-        def stop(ids: list[int]) -> bool:
-            text = self.tokenizer.decode(ids, skip_special_tokens=True)
-            return any(term in text for term in terms)
+        stop = partial(_holds, self.tokenizer, terms) if terms else None  # of a function that can go to another process
 
         def work(mine: list[list[int]]) -> list[list[int]]:
             progress = self._progress(len(mine))
-            return self.scorer.generate(mine, new, {self.eot_token_id}, stop if terms else None, progress)
+            return self.scorer.generate(mine, new, {self.eot_token_id}, stop, progress)
 
         ids = self._spread(prompts, [tuple(prompt) for prompt in prompts], work)
         texts = (self.tokenizer.decode(text, skip_special_tokens=True) for text in ids)
@@ -203,6 +220,11 @@ class HarnessModel(TemplateLM):
             for i, result in part:
                 results[i] = result
         return results
+
+
+def _holds(tokenizer: Any, terms: list[str], ids: list[int]) -> bool:
+    text = tokenizer.decode(ids, skip_special_tokens=True)
+    return any(term in text for term in terms)
 
 
 def _move_spaces(context: str, continuation: str) -> tuple[str, str]:

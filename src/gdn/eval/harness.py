@@ -25,7 +25,7 @@ from transformers import AutoTokenizer
 import gdn.hf  # noqa: F401  so that transformers knows our folders
 from gdn.errors import CheckpointError, ConfigError, DataError
 from gdn.eval import local, ruler
-from gdn.eval.adapter import HarnessModel, Progress, Rolling
+from gdn.eval.adapter import HarnessModel, Progress, Rolling, Scoring
 from gdn.eval.card import CARD, RULER_CARD, RULER_LENGTH, STREAM, mean_error, perplexity_error, row_of
 from gdn.eval.scoring import Scorer
 from gdn.model.lm import GatedDeltaNetLM
@@ -113,9 +113,9 @@ def load_tokenizer(folder: Path) -> Any:
         raise DataError(f"{folder}: no tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
 
 
-def adapt(scorer: Scorer, tokenizer: Any, max_length: int | None = None, progress: Progress | None = None) -> HarnessModel:
+def adapt(scorer: Scoring, tokenizer: Any, max_length: int | None = None, progress: Progress | None = None) -> HarnessModel:
     """Our model as the harness's; max_length: None for the model's own, which is what HFLM reads."""
-    length = max_length or scorer.model.config.max_position_embeddings
+    length = max_length or scorer.config.max_position_embeddings
     return HarnessModel(scorer, tokenizer, max_length=length, progress=progress)
 
 

@@ -4,8 +4,10 @@ What is read twice is computed once: requests with the same context share one pr
 Work is packed by tokens, sequences end to end with no padding, so that a score does not depend on what else is asked for.
 """
 
+import gc
 from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from functools import partial
 from typing import NamedTuple
 
@@ -56,6 +58,21 @@ class _Sequence(NamedTuple):
     wanted: list[_Wanted]
 
 
+@contextmanager
+def without_collector() -> Iterator[None]:
+    """Python's collector of cycles does not run: while many small objects are made it takes as long as making them.
+
+    For what makes few cycles, none with a tensor in it: what is not in a cycle is freed as ever.
+    """
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
 class Scorer:
     """Runs one model, where it lies, in its compute dtype; logits and log-softmax in float32.
 
@@ -70,6 +87,7 @@ class Scorer:
         if token_budget < _GRID or token_budget % _GRID:
             raise ConfigError(f"token_budget = {token_budget}; expected a multiple of {_GRID}")
         self.model = model  # in whatever mode: nothing in it is random
+        self.config = model.config
         self.token_budget = token_budget
         held = STATE_BYTES.get(self.device.type, 1 << 30) if state_bytes is None else state_bytes
         self.max_rows = max(1, held // DecodeState.empty(model.config, 1, "meta").nbytes)
@@ -78,6 +96,7 @@ class Scorer:
         self.tokens_asked = 0
 
     @torch.no_grad()
+    @without_collector()
     def likelihoods(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Likelihood]:
         """One Likelihood for each request, in their order; progress is told how many requests are done.
 
@@ -149,7 +168,7 @@ class Scorer:
         return texts
 
     def _check(self, sequences: Sequence[Sequence[int]]) -> None:
-        vocab = self.model.config.vocab_size
+        vocab = self.config.vocab_size
         for ids in sequences:
             if not ids:
                 raise ConfigError("a context or continuation of no tokens; expected at least one, such as the BOS")
@@ -189,7 +208,7 @@ class Scorer:
             return
         # The choices of one context want different tokens of one row of logits: each row is computed once.
         unique, which = _tensor(places).unique(return_inverse=True)
-        block = max(1, _LOGITS // self.model.config.vocab_size)
+        block = max(1, _LOGITS // self.config.vocab_size)
         token_ids = _tensor(tokens)
         order = which.argsort(stable=True)
         logs, greedy = torch.empty(len(tokens)), torch.empty(len(tokens), dtype=torch.bool)

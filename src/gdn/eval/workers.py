@@ -1,6 +1,7 @@
-"""Tasks spread over worker processes that share one device: most of a table's time is the host's work in Python, one core's.
+"""Tasks spread over worker processes that have no model: they ask this process, which alone has it and the device, to score.
 
-Nothing here knows what a task is but its name and about how long it takes; `gdn.evaluate` says how a worker measures one.
+Most of a table's time is one core's work in Python, the harness's; so it overlaps with the device's work and with itself, and
+nothing shares the device. Nothing here knows what a task is but its name and about how long it takes.
 """
 
 import logging
@@ -9,7 +10,8 @@ import os
 import signal
 import threading
 import traceback
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
@@ -19,16 +21,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdn.errors import ConfigError, GDNError, RunError
-from gdn.eval.scoring import STATE_BYTES
+from gdn.eval.scoring import Likelihood, Request, without_collector
+from gdn.model.config import ModelConfig
 from gdn.ops.cpu import usable_cores
 
 if TYPE_CHECKING:
     from gdn.eval.harness import Work
 
 Measure = Callable[["Work"], dict[str, Any]]
-# Opens a model and returns what measures a task with it, telling the function it is given how many requests are done of how
-# many. It goes to worker processes: a function of a module, or a partial of one.
-Opener = Callable[[Callable[[int, int], None]], Measure]
+Opener = Callable[[], Any]  # the model: for more than one process a Scorer, or what has its methods and counts
+Progress = Callable[[int, int], None]  # requests done, of how many
+# What measures tasks with the model, or with a RemoteScorer. It goes to worker processes: a function of a module, or a partial.
+Prepare = Callable[[Any, Progress | None], Measure]
 Results = Generator[tuple["Work", dict[str, Any]], None, None]
 Show = Callable[[str, int, int], None]  # a task's name, requests done, of how many; 0 of 0: it has begun
 
@@ -37,37 +41,38 @@ _SECONDS = {"hellaswag": 18.6, "arc_easy": 4.2, "lambada_openai": 3.2, "boolq": 
 _SECONDS |= {"arc_challenge": 2.3, "sciq": 1.9, "winogrande": 0.8, "copa": 0.3}
 _RULER_SECONDS = 6.3 / 2048  # a token of its prompts' length
 _UNKNOWN_SECONDS = 10.0
-_MOST = 4  # the longest task takes a quarter of the table's time
-_CONTEXT_BYTES = 1 << 30  # CUDA's own, of a process
+_MOST = 8  # the longest task takes a quarter of the table's time; not measured
 
 
-def choose_workers(asked: int | None, tasks: int, device: torch.device, weights: int | None) -> int:
-    """How many processes measure so many tasks; asked: None to choose. weights: the model's bytes, None if not ours.
+def choose_workers(asked: int | None, tasks: int, device: torch.device, ours: bool) -> int:
+    """How many processes measure so many tasks; asked: None to choose. ours: the model is a `Scorer`'s.
 
-    Chosen is one on CPUs, where a single process has work for all cores; on CUDA one for each four cores, at most four, as
-    many as the device's free memory has room for. That is not known of a model of another architecture: one. Under torchrun,
-    whose processes share out the requests of each task instead, always one.
+    Chosen is one on CPUs, where the model has work for all cores; on CUDA one for each four cores, at most eight. Always one
+    under torchrun, whose processes share out the requests of each task instead, and for models of other architectures.
     """
     if asked is not None and asked < 1:
         raise ConfigError(f"--workers = {asked}; expected at least 1")
-    if torch.distributed.is_available() and torch.distributed.is_initialized():
+    torchrun = torch.distributed.is_available() and torch.distributed.is_initialized()
+    if torchrun or not ours:
         if asked is not None and asked > 1:
-            raise ConfigError(
-                f"--workers = {asked} under torchrun, whose processes share each task; expected 1, or no torchrun"
+            why = (
+                "under torchrun, whose processes share each task; expected 1, or no torchrun"
+                if torchrun
+                else "for a model of another architecture, which answers no other process; expected 1"
             )
+            raise ConfigError(f"--workers = {asked} {why}")
         return 1
     if asked is None:
-        asked = 1
-        if device.type == "cuda" and weights is not None:
-            # Of one process's 37 GB at the published size (docs/log.md) 32 are states, twice; the rest, 7 times the weights.
-            room = (torch.cuda.mem_get_info(device)[0] - 2 * STATE_BYTES["cuda"]) // (8 * weights + _CONTEXT_BYTES)
-            asked = min(_MOST, usable_cores(physical=False) // 4, room)
+        asked = min(_MOST, usable_cores(physical=False) // 4) if device.type == "cuda" else 1
     return max(1, min(asked, tasks))
 
 
-def measure(works: Sequence["Work"], workers: int, opener: Opener, show: Show) -> Results:
+def measure(
+    works: Sequence["Work"], workers: int, opener: Opener, prepare: Prepare, show: Show, config: ModelConfig | None = None
+) -> Results:
     """Each task with what was measured, as they are done: one after another here, or the longest first in `workers` processes.
 
+    The model is opened here. config: its own, for workers, which begin before it is there.
     Close the iterator: with it the processes end. An error is that of the first task, in the order given, that has one; it is
     raised when the tasks before that are done, so that what is kept is at least what one process would have kept. RunError
     names the task of a worker that died.
@@ -75,88 +80,172 @@ def measure(works: Sequence["Work"], workers: int, opener: Opener, show: Show) -
     if not works:
         return
     if workers > 1:
-        yield from _spread(works, workers, opener, show)
+        yield from _spread(works, workers, opener, prepare, show, config)
         return
     work = works[0]
-    run = opener(lambda done, total: show(work.name, done, total))
+    run = prepare(opener(), lambda done, total: show(work.name, done, total))
     for work in works:
         show(work.name, 0, 0)
         yield work, run(work)
 
 
-def _spread(works: Sequence["Work"], workers: int, opener: Opener, show: Show) -> Results:
-    waiting = sorted(range(len(works)), key=lambda number: -_seconds(works[number]))  # the next is the first
-    failed, error = len(works), None
-    team: dict[Connection, BaseProcess] = {}
-    running: dict[Connection, int] = {}
+class RemoteScorer:
+    """In a worker: a Scorer at the other end of the pipe, whose errors are raised and whose tokens are counted as if here."""
 
-    def give(connection: Connection) -> None:
-        if waiting:
-            work = works[waiting[0]]
-            running[connection] = waiting.pop(0)
-            show(work.name, 0, 0)
-            with suppress(BrokenPipeError):  # a worker that died at its start is noticed where it is waited for
-                connection.send(work)
+    def __init__(self, connection: Connection, config: Any) -> None:
+        self.config: ModelConfig = config
+        self.tokens_computed = self.tokens_asked = 0
+        self._connection = connection
 
+    def likelihoods(self, requests: Sequence[Request], progress: Callable[[int], None] | None = None) -> list[Likelihood]:
+        """As a Scorer's; progress is shown where the model is."""
+        found: list[Likelihood] = self._ask("likelihoods", requests)
+        return found
+
+    def generate(
+        self,
+        prompts: Sequence[Sequence[int]],
+        max_new_tokens: int,
+        eos_ids: Collection[int],
+        stop: Callable[[list[int]], bool] | None = None,
+        progress: Callable[[int], None] | None = None,
+    ) -> list[list[int]]:
+        """As a Scorer's; `stop` goes to the model's process and so must be picklable."""
+        found: list[list[int]] = self._ask("generate", prompts, max_new_tokens, eos_ids, stop)
+        return found
+
+    def _ask(self, *asked: Any) -> Any:
+        self._connection.send(("ask", asked))
+        found, content = self._connection.recv()
+        if isinstance(content, Exception):
+            raise content
+        self.tokens_computed += content[0]
+        self.tokens_asked += content[1]
+        return found
+
+
+def _spread(
+    works: Sequence["Work"], workers: int, opener: Opener, prepare: Prepare, show: Show, config: ModelConfig | None
+) -> Results:
+    team = _Team(works, show)
     try:
-        _start(team, workers, opener)
-        for connection in team:
-            give(connection)
-        while any(number < failed for number in running.values()):
-            ready = wait(list(running))
-            for connection in [connection for connection in team if connection in ready]:
-                number = running[connection]
-                work = works[number]
-                try:
-                    kind, content = connection.recv()
-                except (EOFError, OSError):
-                    kind, content = "death", _death(work.name, team[connection])
-                if kind == "progress":
-                    show(work.name, *content)
-                    continue
-                if kind == "no model":
-                    raise content
-                del running[connection]
-                if kind != "result" and number < failed:
-                    failed, error = number, content
-                    waiting[:] = [other for other in waiting if other < failed]
-                if kind != "death":
-                    give(connection)
-                if kind == "result":
-                    yield work, content
-        if error is not None:
-            raise error
+        team.start(workers, prepare, config)
+        scorer = opener()  # while workers import, read documents and make requests
+        while team.busy():
+            team.take(0 if team.asks else None)
+            if team.asks:
+                team.answer(scorer)
+            while team.results:
+                yield team.results.popleft()
+        if team.error is not None:
+            raise team.error
     finally:
-        for process in team.values():  # they hold nothing but memory
+        team.end()
+
+
+class _Team:
+    """Worker processes, the task of each, and what came of them so far."""
+
+    def __init__(self, works: Sequence["Work"], show: Show) -> None:
+        self.works, self.show = works, show
+        self.waiting = sorted(range(len(works)), key=lambda number: -_seconds(works[number]))  # the next is the first
+        self.processes: dict[Connection, BaseProcess] = {}
+        self.running: dict[Connection, int] = {}
+        self.asks: dict[Connection, tuple[Any, ...]] = {}  # one of a worker, which waits for its answer
+        self.results: deque[tuple[Work, dict[str, Any]]] = deque()
+        self.failed = len(works)  # the first that has; what comes behind it is not wanted any more
+        self.error: Exception | None = None
+
+    def start(self, workers: int, prepare: Prepare, config: ModelConfig | None) -> None:
+        context = multiprocessing.get_context("spawn")  # a fork would have the parent's CUDA, which it could not use
+        level = logging.getLogger("lm_eval").level
+        resource_tracker.ensure_running()  # else the first start begins it, and it unblocks signals
+        with _environment(workers), _without_interrupts():
+            for _ in range(workers):
+                ours, theirs = context.Pipe()
+                process = context.Process(target=_work, args=(theirs, prepare, config, level))
+                process.start()
+                self.processes[ours] = process
+                theirs.close()  # so that its end is seen here when the process has gone
+        for connection in self.processes:
+            self._give(connection)
+
+    def busy(self) -> bool:
+        return any(number < self.failed for number in self.running.values())
+
+    def take(self, timeout: float | None) -> None:
+        """Take in the messages that are there, None: as soon as there is one; who has ended a task gets the next at once."""
+        ready = wait(list(self.running), timeout)
+        for connection in [connection for connection in self.processes if connection in ready]:
+            number = self.running[connection]
+            try:
+                with without_collector():
+                    kind, content = connection.recv()
+            except (EOFError, OSError):
+                kind, content = "death", _death(self.works[number].name, self.processes[connection])
+            if kind == "ask":
+                self.asks[connection] = content
+                continue
+            del self.running[connection]
+            self.asks.pop(connection, None)  # of one that died
+            if kind == "result":
+                self.results.append((self.works[number], content))
+            elif number < self.failed:
+                self.failed, self.error = number, content
+                self.waiting = [other for other in self.waiting if other < self.failed]
+            if kind in ("result", "error"):
+                self._give(connection)
+
+    def answer(self, scorer: Any) -> None:
+        """The ask of the longest task, of which most is left to do behind it; between its batches messages are taken in."""
+        connection = max(self.asks, key=lambda connection: _seconds(self.works[self.running[connection]]))
+        method, *arguments = self.asks.pop(connection)
+        number, total = self.running[connection], len(arguments[0])
+        computed, asked = scorer.tokens_computed, scorer.tokens_asked
+
+        def progress(done: int) -> None:
+            self.show(self.works[number].name, done, total)
+            self.take(0)
+
+        answer: tuple[Any, Any]
+        try:
+            if number > self.failed:
+                raise RunError("a task before this one has failed")  # shown to nobody: its worker is free for another
+            found = getattr(scorer, method)(*arguments, progress=progress)
+            answer = found, (scorer.tokens_computed - computed, scorer.tokens_asked - asked)
+        except Exception as error:  # whatever it is: the error of that task, as if the model were there
+            answer = None, _portable(error)
+        with suppress(OSError):  # a worker that died is noticed where it is waited for
+            connection.send(answer)
+
+    def end(self) -> None:
+        for process in self.processes.values():  # they hold nothing but memory
             process.kill()
-        for process in team.values():
+        for process in self.processes.values():
             process.join()
 
-
-def _start(team: dict[Connection, BaseProcess], workers: int, opener: Opener) -> None:
-    context = multiprocessing.get_context("spawn")  # a fork could not use CUDA
-    level = logging.getLogger("lm_eval").level
-    resource_tracker.ensure_running()  # else the first start begins it, and it unblocks signals
-    with _cores_shared_out(workers), _without_interrupts():
-        for _ in range(workers):
-            ours, theirs = context.Pipe()
-            process = context.Process(target=_work, args=(theirs, opener, level))
-            process.start()
-            team[ours] = process
-            theirs.close()  # so that its end is seen here when the process has gone
+    def _give(self, connection: Connection) -> None:
+        if self.waiting:
+            work = self.works[self.waiting[0]]
+            self.running[connection] = self.waiting.pop(0)
+            self.show(work.name, 0, 0)
+            with suppress(OSError):  # as with answers
+                connection.send(work)
 
 
 @contextmanager
-def _cores_shared_out(workers: int) -> Iterator[None]:
-    """For processes started within: libraries ask the environment for their threads when they are loaded."""
-    threads = {"OMP_NUM_THREADS": torch.get_num_threads(), "RAYON_NUM_THREADS": usable_cores(physical=False)}
-    added = {name: str(max(1, count // workers)) for name, count in threads.items() if name not in os.environ}
-    os.environ.update(added)
+def _environment(workers: int) -> Iterator[None]:
+    """For processes started within: no GPU, and a share of the cores; libraries ask for both when they are loaded."""
+    share = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(max(1, usable_cores(physical=False) // workers))}
+    changed = {"CUDA_VISIBLE_DEVICES": ""} | {name: value for name, value in share.items() if name not in os.environ}
+    before = {name: os.environ[name] for name in changed if name in os.environ}
+    os.environ.update(changed)
     try:
         yield
     finally:
-        for name in added:
+        for name in changed:
             del os.environ[name]
+        os.environ.update(before)
 
 
 @contextmanager
@@ -169,17 +258,17 @@ def _without_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _work(connection: Connection, opener: Opener, level: int) -> None:
-    """A worker: tasks in; progress, results and errors out, until it is killed or its parent is gone."""
+def _work(connection: Connection, prepare: Prepare, config: ModelConfig | None, level: int) -> None:
+    """A worker: tasks and answers in; asks, results and errors out, until it is killed or its parent is gone."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
     # Libraries start processes and make locks as elsewhere: named semaphores, spawn's, would be left behind by who is killed.
     multiprocessing.set_start_method(None, force=True)
     logging.getLogger("lm_eval").setLevel(level)
     with suppress(EOFError, BrokenPipeError):  # the parent is gone
         try:
-            run = opener(lambda done, total: connection.send(("progress", (done, total))))
+            run = prepare(RemoteScorer(connection, config), None)
         except Exception as error:  # whatever it is: the command is to end with it, not this process alone
-            connection.send(("no model", _portable(error)))
+            connection.send(("unprepared", _portable(error)))
             return
         while True:
             work = connection.recv()
