@@ -5,14 +5,14 @@ import copy
 import pytest
 import torch
 from ops_testing import relative_error
-from test_triton_block import CASES, DEVICE, GPU, problem, short_strips
+from test_triton_block import CASES, DEVICE, GPU, problem, small_programs
 from torch import Tensor
 
 from gdn.model.lm import Block
 from gdn.model.mixer import LayerState
 from gdn.ops import row_product
 
-__all__ = ["short_strips"]
+__all__ = ["small_programs"]
 LONG = 200 if GPU else 100  # tokens: more than one piece of the grid
 
 
