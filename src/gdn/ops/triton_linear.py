@@ -268,7 +268,7 @@ def _by_steps(
     HEADS: tl.constexpr, BY_HEAD: tl.constexpr, SUMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """The sum over K, a step after another."""
-    there = (row < rows)[:, None]  # rows that are not: read over and over they hold up all, zeros cost nothing
+    there = (row < rows)[:, None]  # zeros for the others, nothing read in their place
     row = tl.minimum(row, rows - 1)
     dtype: tl.constexpr = weight.dtype.element_ty
     EARLY: tl.constexpr = x.dtype.element_ty != dtype
