@@ -8,7 +8,8 @@ import torch
 
 from gdn.errors import CheckpointError, ConfigError
 from gdn.eval import scoring
-from gdn.eval.scoring import Likelihood, Request, Scorer
+from gdn.eval.requests import Likelihood, Request
+from gdn.eval.scoring import Scorer
 from gdn.generation.batch import ReaderStream
 from gdn.generation.engine import reader
 from gdn.model.config import ModelConfig
@@ -74,18 +75,19 @@ def test_each_score_is_that_of_the_request_alone(model: GatedDeltaNetLM, request
 
 
 @pytest.mark.parametrize(
-    ("budget", "rows", "fixed"),
-    [(64, 3, False), (1024, 1000, False), (8192, 3, False), (65536, 1000, False), (256, 20, True)],
+    ("budget", "rows", "unit"),
+    [(64, 3, 1), (1024, 1000, 1), (8192, 3, 1), (65536, 1000, 1), (256, 20, 256), (256, 20, 64)],
 )
 def test_scores_do_not_depend_on_batches_or_order(
-    model: GatedDeltaNetLM, requests: list[Request], budget: int, rows: int, fixed: bool
+    model: GatedDeltaNetLM, requests: list[Request], budget: int, rows: int, unit: int
 ) -> None:
     wanted = Scorer(model).likelihoods(requests)
     order = list(range(len(requests)))
     random.Random(budget).shuffle(order)
     scorer = Scorer(model, token_budget=budget, state_bytes=rows * model.new_state(1).nbytes)
     assert scorer.max_rows == rows
-    scorer.fixed = fixed  # as on a GPU
+    assert scorer.unit == 1
+    scorer.unit = unit  # as on a GPU
     got = scorer.likelihoods([requests[i] for i in order])
     for i, score in zip(order, got):
         assert score.total == pytest.approx(wanted[i].total, rel=1e-6, abs=1e-5)
@@ -119,9 +121,9 @@ def plain_text(model: GatedDeltaNetLM, prompt: list[int], n: int, eos: int) -> l
 
 
 @pytest.mark.parametrize("streamed", [False, True], ids=["stepped", "streamed"])
-@pytest.mark.parametrize(("budget", "rows", "fixed"), [(64, 2, False), (8192, 100, False), (64, 100, True), (256, 2, True)])
+@pytest.mark.parametrize(("budget", "rows", "unit"), [(64, 2, 1), (8192, 100, 1), (64, 100, 64), (256, 2, 256)])
 def test_generation_is_greedy_and_stops(
-    model: GatedDeltaNetLM, budget: int, rows: int, fixed: bool, streamed: bool, monkeypatch: pytest.MonkeyPatch
+    model: GatedDeltaNetLM, budget: int, rows: int, unit: int, streamed: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if streamed:  # as on a GPU, where the rows are one captured step's; here it is the modules'
         monkeypatch.setattr(Scorer, "_decoder", lambda self: "decoder")
@@ -132,7 +134,7 @@ def test_generation_is_greedy_and_stops(
     prompts = [draw(rng, n) for n in (1, 5, 64, 100, 7, 200, 5)]
     eos = plain_text(model, prompts[1], 3, -1)[2]  # one text at least ends early
     scorer = Scorer(model, token_budget=budget, state_bytes=rows * model.new_state(1).nbytes)
-    scorer.fixed = fixed
+    scorer.unit = unit
     wanted = [plain_text(model, prompt, 12, eos) for prompt in prompts]
     assert min(map(len, wanted)) < 12
     assert scorer.generate(prompts, 12, {eos}) == wanted

@@ -16,7 +16,7 @@ import torch
 
 from gdn.errors import CheckpointError, ConfigError, DataError, RunError
 from gdn.eval import workers
-from gdn.eval.scoring import Likelihood, Request
+from gdn.eval.requests import Likelihood, Request
 
 
 class FakeWork(NamedTuple):

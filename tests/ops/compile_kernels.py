@@ -235,6 +235,9 @@ def training_kernels(arch: int) -> Iterator[dict[str, Any]]:
         yield compiled(arch, kernel, values, tile, num_warps=triton_swiglu.NUM_WARPS)
     constants = {"IGNORED": -100, "GRADIENTS": True, "COLUMNS": triton_cross_entropy.COLUMNS}
     yield compiled(arch, triton_cross_entropy._cross_entropy, values, constants, num_warps=triton_cross_entropy.NUM_WARPS)
+    values = values | {"totals": "*fp32", "best": "*i64"}
+    constants = {"COLUMNS": triton_cross_entropy.COLUMNS}
+    yield compiled(arch, triton_cross_entropy._row_scores, values, constants, num_warps=triton_cross_entropy.NUM_WARPS)
 
 
 def hopper_kernels(K: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from gdn.model.config import ModelConfig
 from gdn.model.lm import Block
 from gdn.model.mixer import LayerState
-from gdn.ops import linear_cross_entropy, rms_norm
+from gdn.ops import linear_cross_entropy, rms_norm, row_scores
 
 pytest.importorskip("triton")
 
@@ -175,6 +175,26 @@ def test_cross_entropy_in_place(V: int, monkeypatch: pytest.MonkeyPatch) -> None
     labels[0] = V  # out of bounds
     again = cross_entropy_in_place(logits.to(DEVICE), labels.to(DEVICE), -100, False)
     assert again[0].isnan() and torch.equal(again[1:], losses[1:])
+
+
+@pytest.mark.parametrize("V", [11, 100])
+def test_scores_of_rows(V: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both ways; of equals the first is the best, by the kernel."""
+    monkeypatch.setattr("gdn.ops.triton_cross_entropy.COLUMNS", 64)
+    logits = 3 * torch.randn(7, V)
+    logits[1] += 200
+    logits[2, :-1] = -torch.inf
+    logits[3, 5] = logits[3, V - 1] = 50
+    logits[4] = 0
+    logits[5, 7] = torch.nan
+    fine = [0, 1, 2, 3, 4, 6]
+    exact = logits.double().logsumexp(-1)
+    for backend in ("torch", "triton"):
+        monkeypatch.setattr("gdn.ops.cross_entropy.backend_for", lambda _, backend=backend: backend)
+        totals, best = row_scores(logits.to(DEVICE))
+        assert relative_error(totals[fine].cpu(), exact[fine]) < 1e-6 and totals[5].isnan()
+        assert torch.equal(best[[0, 1, 2, 6]].cpu(), logits.argmax(-1)[[0, 1, 2, 6]])
+    assert best[3] == 5 and best[4] == 0
 
 
 def test_linear_cross_entropy_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from lm_eval.models.utils import handle_stop_sequences, has_bos_prefix, normaliz
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from gdn.errors import ConfigError
-from gdn.eval.scoring import Likelihood, Request
+from gdn.eval.requests import Likelihood, Request
 from gdn.model.config import ModelConfig
 
 Rolling = Literal["one_bos", "harness", "stream"]

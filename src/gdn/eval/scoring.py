@@ -1,6 +1,6 @@
 """Log-likelihoods of continuations and greedy continuations, many at a time: ids in, numbers and ids out; no text, no harness.
 
-What is read twice is computed once: requests with the same context share one prefill, whose state is forked for each of them.
+What is read twice is computed once: requests with the same context share one prefill, from whose state each of them goes on.
 Work is packed by tokens, sequences end to end with no padding, so that a score does not depend on what else is asked for.
 """
 
@@ -9,53 +9,25 @@ from array import array
 from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from gdn.errors import CheckpointError, ConfigError
+from gdn.eval.requests import Likelihood, Piece, Request, Results, Wanted, by_context, rest_of, split, tensor_of, whole
 from gdn.generation.gpu_decoder import GPUDecoder, Stream
 from gdn.generation.sampling import Sampling
 from gdn.generation.weights import join_projections
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
+from gdn.ops import row_scores
+from gdn.ops.row_product import row_product
 
 TOKEN_BUDGET = {"cuda": 32768, "cpu": 2048}  # tokens of one forward pass; on CPUs what stays in the caches (docs/log.md)
 STATE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}  # of decode states held at a time; 22 MB a row at the published size
-_LOGITS = 1 << 25  # elements of one block of logits, 128 MB
+_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 25}  # elements of one block of logits: 512 MB in bfloat16, 128 in float32
 _STREAM_ROWS = 256  # texts that a GPU's captured steps write beside each other, as many as their bits are promised for
 _GRID = 64  # where a long sequence may be split without a change in the GPU kernels' bits (docs/numerics.md)
-
-
-class Request(NamedTuple):
-    """How likely is `continuation` behind `context`? Both are ids, at least one each."""
-
-    context: Sequence[int]
-    continuation: Sequence[int]
-
-
-class Likelihood(NamedTuple):
-    """Sum of log p over the continuation in nats, and whether each of its tokens is the likeliest in its place."""
-
-    total: float
-    greedy: bool
-
-
-class _Wanted(NamedTuple):
-    """The tokens that a request wants at positions of a sequence, one after another from the first."""
-
-    first: int
-    tokens: Sequence[int]
-    request: int
-
-
-class _Sequence(NamedTuple):
-    """Ids to read from a state's row (from nothing: None), and what requests want of them."""
-
-    ids: Sequence[int]
-    row: int | None
-    wanted: list[_Wanted]
 
 
 @contextmanager
@@ -91,9 +63,22 @@ class Scorer:
         self.token_budget = token_budget
         held = STATE_BYTES.get(self.device.type, 1 << 30) if state_bytes is None else state_bytes
         self.max_rows = max(1, held // DecodeState.empty(model.config, 1, "meta").nbytes)
-        self.fixed = self.device.type == "cuda"  # every pass of one shape: see `_read`
+        self.unit = self._unit()
         self.tokens_computed = 0
         self.tokens_asked = 0
+
+    def _unit(self) -> int:
+        """A pass reads a multiple of so many tokens, the rest being one more sequence that nobody asked for.
+
+        On a GPU libraries choose how to multiply, and so how to round, by the shape: every pass has the same. Where blocks are
+        one operator, whose rows have the same bits in any shape, it need only be whole pieces of the grid: kernels are not
+        compiled for other numbers too.
+        """
+        if self.device.type != "cuda":
+            return 1
+        dtype = self.model.compute_dtype or self.model.model.embeddings.weight.dtype
+        fused = all(block.is_fused(self.device, dtype) for block in self.model.model.layers)  # type: ignore[operator]
+        return _GRID if fused else self.token_budget
 
     @torch.no_grad()
     @without_collector()
@@ -104,15 +89,15 @@ class Scorer:
         """
         self._check([ids for request in requests for ids in request])
         self.tokens_asked += sum(len(context) + len(continuation) - 1 for context, continuation in requests)
-        results = _Results(len(requests))
-        alone: list[_Sequence] = []
-        shared: list[_Sequence] = []
-        for context, members in _by_context(requests).items():
+        results = Results(len(requests))
+        alone: list[Piece] = []
+        shared: list[Piece] = []
+        for context, members in by_context(requests).items():
             # A context of one token costs less than keeping its state; without choices there is nothing to share.
             if len(members) == 1 or len(context) == 1:
-                alone += [_whole(requests[i], i) for i in members]
+                alone += [whole(requests[i], i) for i in members]
             else:
-                first = _Sequence(context, None, [_Wanted(len(context) - 1, requests[i].continuation[:1], i) for i in members])
+                first = Piece(context, None, [Wanted(len(context) - 1, requests[i].continuation[:1], i) for i in members])
                 # Where all choices are of one token, one prediction answers them all, and no state is kept.
                 (shared if any(len(requests[i].continuation) > 1 for i in members) else alone).append(first)
         done = 0
@@ -121,13 +106,19 @@ class Scorer:
             done += len({wanted.request for sequence in batch for wanted in sequence.wanted})
             if progress is not None:
                 progress(done)
-        for batch in self._batches(shared, self.max_rows):
-            state = self.model.new_state(len(batch) + 1)
-            self._score([sequence._replace(row=row) for row, sequence in enumerate(batch)], state, results)
-            rests = [_rest(requests[i], i, row) for row, sequence in enumerate(batch) for _, _, i in sequence.wanted]
-            for part in self._batches(rests, self.max_rows):
-                rows = torch.tensor([*(sequence.row for sequence in part), 0], device=self.device)
-                self._score(part, state.select(rows), results)
+        shared.sort(key=lambda sequence: -len(sequence.ids))
+        for start in range(0, len(shared), self.max_rows):
+            group = shared[start : start + self.max_rows]
+            state, row = self.model.new_state(len(group) + 1), 0
+            for batch in self._batches(group, len(group)):
+                part = _rows(state, row, row + len(batch) + 1)  # the next one's row is the spare one: it is emptied behind
+                self._score(batch, part, results)
+                row += len(batch)
+                _rows(state, row, row + 1).reset()
+            rests = [rest_of(requests[i], i, row) for row, sequence in enumerate(group) for _, _, i in sequence.wanted]
+            # They only read the states: where the kernels cannot by themselves, a layer's are copied at a time.
+            for batch in self._batches(rests, self.max_rows * self.config.num_hidden_layers):
+                self._score(batch, state, results)
             done += len(rests)
             if progress is not None:
                 progress(done)
@@ -175,9 +166,9 @@ class Scorer:
             if max(ids) >= vocab or min(ids) < 0:
                 raise ConfigError(f"token id {max(ids)}; the model's vocabulary is {vocab}: this tokenizer is not the model's")
 
-    def _batches(self, sequences: Sequence[_Sequence], rows: int) -> Iterator[list[_Sequence]]:
+    def _batches(self, sequences: Sequence[Piece], rows: int) -> Iterator[list[Piece]]:
         """Sequences by falling length, as many at a time as the budget of tokens (one at least) and so many rows allow."""
-        batch: list[_Sequence] = []
+        batch: list[Piece] = []
         tokens = 0
         for sequence in sorted((s for s in sequences if s.ids), key=lambda s: -len(s.ids)):
             if batch and (tokens + len(sequence.ids) > self.token_budget or len(batch) == rows):
@@ -188,14 +179,21 @@ class Scorer:
         if batch:
             yield batch
 
-    def _score(self, batch: list[_Sequence], state: DecodeState | None, results: "_Results") -> None:
-        """Read a batch (state: a row for each and a spare one, updated in place) and note what its requests want."""
+    def _score(self, batch: list[Piece], state: DecodeState | None, results: Results) -> None:
+        """Read a batch and note what its requests want.
+
+        state: what sequences with a row begin from, which is only read; for others a row for each and a spare one, updated.
+        """
+        rows = [sequence.row for sequence in batch if sequence.row is not None]
         if len(batch) == 1 and len(batch[0].ids) > self.token_budget:
-            state = self.model.new_state(2) if state is None else state
-            for piece in _split(batch[0], self.token_budget):
+            if state is None:
+                state = self.model.new_state(2)
+            elif rows:
+                state = state.select(torch.tensor([*rows, 0], device=self.device))
+            for piece in split(batch[0]._replace(row=None), self.token_budget):
                 self._score([piece], state, results)
             return
-        hidden = self._read([sequence.ids for sequence in batch], state)
+        hidden = self._read([sequence.ids for sequence in batch], state, rows)
         start = 0
         places, tokens = array("q"), array("q")
         for sequence in batch:
@@ -207,53 +205,56 @@ class Scorer:
         if not places:  # the first pieces of a long context
             return
         # The choices of one context want different tokens of one row of logits: each row is computed once.
-        unique, which = _tensor(places).unique(return_inverse=True)
-        block = max(1, _LOGITS // self.config.vocab_size)
-        token_ids = _tensor(tokens)
+        unique, which = tensor_of(places).unique(return_inverse=True)
+        token_ids, unique, which = (tensor.to(self.device) for tensor in (tensor_of(tokens), unique, which))
+        size = max(1, _LOGITS.get(self.device.type, _LOGITS["cpu"]) // self.config.vocab_size)
         order = which.argsort(stable=True)
-        logs, greedy = torch.empty(len(tokens)), torch.empty(len(tokens), dtype=torch.bool)
-        bounds = torch.searchsorted(which[order], torch.arange(0, len(unique) + block, block))
-        for n, first in enumerate(range(0, len(unique), block)):
-            mine = order[bounds[n] : bounds[n + 1]]
-            places_here = unique[first : first + block]
-            if self.fixed:  # always so many rows: a product of another shape may round otherwise
-                places_here = torch.nn.functional.pad(places_here, (0, block - len(places_here)))
-            log_p = self._log_softmax(hidden[places_here.to(self.device)])
-            rows, ids = (which[mine] - first).to(self.device), token_ids[mine].to(self.device)
-            logs[mine] = log_p[rows, ids].cpu()
-            greedy[mine] = (log_p.argmax(-1)[rows] == ids).cpu()
-        results.logs.append(logs)
-        results.greedy.append(greedy)
+        logs = torch.empty(len(tokens), device=self.device)
+        greedy = torch.empty_like(logs, dtype=torch.bool)
+        bounds = torch.searchsorted(which[order], torch.arange(0, len(unique) + size, size, device=self.device)).tolist()
+        for first, start, end in zip(range(0, len(unique), size), bounds, bounds[1:]):
+            logits = self._logits(hidden[unique[first : first + size]])
+            totals, best = row_scores(logits)
+            mine = order[start:end]
+            rows_here, ids = which[mine] - first, token_ids[mine]
+            logs[mine] = logits[rows_here, ids].float() - totals[rows_here]
+            greedy[mine] = best[rows_here] == ids
+        results.logs.append(_finite(logs))
+        results.greedy.append(greedy.cpu())
 
-    def _read(self, sequences: Sequence[Sequence[int]], state: DecodeState | None) -> Tensor:
-        """Hidden states [tokens, hidden] of the sequences end to end; the state has a spare row behind theirs.
+    def _read(self, sequences: Sequence[Sequence[int]], state: DecodeState | None, rows: Sequence[int] = ()) -> Tensor:
+        """Hidden states [tokens, hidden] of the sequences end to end.
 
-        On a GPU every pass reads exactly token_budget tokens, the rest being one more sequence that nobody asked for: libraries
-        choose how to multiply, and so how to round, by the shape, which then depends on nothing else.
+        rows: which of the state's each begins from, and it is only read; without, it has one for each and a spare one behind.
         """
         lengths = [len(ids) for ids in sequences]
         flat = array("q")
         for ids in sequences:
             flat.extend(ids)
         self.tokens_computed += len(flat)
-        rows, rest = len(lengths), self.token_budget - len(flat)
-        if self.fixed and rest > 0:
+        if rest := -len(flat) % self.unit:
             lengths.append(rest)
             flat.extend(bytes(rest))
-        if state is not None:
+        begin = torch.tensor([*rows, 0][: len(lengths)], device=self.device) if rows else None
+        if state is not None and begin is None:
             state = _rows(state, 0, len(lengths))
-        tokens = _tensor(flat).to(self.device)
-        if len(set(lengths)) == 1 and not self.fixed:  # a batch: the same numbers to rounding, and no gathering
-            hidden = self.model.model(tokens.view(rows, -1), state, None, self.model.compute_dtype)
+        tokens, dtype = tensor_of(flat).to(self.device), self.model.compute_dtype
+        if len(set(lengths)) == 1 and self.unit == 1:  # a batch: the same numbers to rounding, and no gathering
+            hidden = self.model.model(tokens.view(len(lengths), -1), state, None, dtype, begin)
             return torch.as_tensor(hidden.flatten(0, 1))
         ends = torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
-        return torch.as_tensor(self.model.model(tokens[None], state, ends, self.model.compute_dtype)[0])
+        return torch.as_tensor(self.model.model(tokens[None], state, ends, dtype, begin)[0])
 
-    def _log_softmax(self, hidden: Tensor) -> Tensor:
-        log_p = self.model.lm_head(hidden).float().log_softmax(-1)
-        if log_p[:, 0].isnan().any():
-            raise CheckpointError("the model's logits are nan: its weights, or what it computes from them, are not finite")
-        return torch.as_tensor(log_p)
+    def _logits(self, hidden: Tensor) -> Tensor:
+        """[R, vocab] of hidden states [R, hidden], the bits of a row the same whatever their number."""
+        if hidden.is_cuda:
+            return row_product(hidden, self.model.lm_head.weight.to(hidden.dtype))
+        return torch.as_tensor(self.model.lm_head(hidden))
+
+    def _best(self, hidden: Tensor) -> Tensor:
+        totals, best = row_scores(self._logits(hidden))
+        _finite(totals)
+        return best
 
     def _decoder(self) -> GPUDecoder | None:
         """What reads single tokens with few kernels, where the model lies on a GPU and is not being trained."""
@@ -273,7 +274,7 @@ class Scorer:
         """Append to each text what follows its prompt, whose last hidden state [n, hidden] and state these are."""
         running = list(range(len(texts)))  # text of each row; None of them is finished but since the last select
         for _ in range(max_new_tokens):
-            chosen = self._log_softmax(last).argmax(-1)
+            chosen = self._best(last)
             for text, token in zip(running, chosen.tolist()):
                 if not ended(texts[text]):
                     texts[text].append(token)
@@ -326,63 +327,17 @@ class Scorer:
             row = end
 
 
-class _Results:
-    """Log-likelihoods of single tokens, each with the request it belongs to, as they come."""
-
-    def __init__(self, requests: int) -> None:
-        self.requests = requests
-        self.owners = array("q")
-        self.logs: list[Tensor] = []
-        self.greedy: list[Tensor] = []
-
-    def collect(self) -> list[Likelihood]:
-        # In float64, and in the order of a request's tokens: the sum is the same whatever batches they came in.
-        totals = torch.zeros(self.requests, dtype=torch.float64)
-        misses = torch.zeros(self.requests, dtype=torch.int64)
-        if self.logs:
-            owners = _tensor(self.owners)
-            totals.index_add_(0, owners, torch.cat(self.logs).double())
-            misses.index_add_(0, owners, (~torch.cat(self.greedy)).long())
-        return [Likelihood(total, miss == 0) for total, miss in zip(totals.tolist(), misses.tolist())]
-
-
-def _tensor(values: array) -> Tensor:
-    """int64, a copy: several times as fast as from a list."""
-    return torch.frombuffer(values, dtype=torch.int64).clone() if values else torch.empty(0, dtype=torch.int64)
+def _finite(logs: Tensor) -> Tensor:
+    """On the host. Raises CheckpointError for a nan."""
+    logs = logs.cpu()
+    if logs.isnan().any():
+        raise CheckpointError("the model's logits are nan: its weights, or what it computes from them, are not finite")
+    return logs
 
 
 def _rows(state: DecodeState, start: int, end: int) -> DecodeState:
     """A view of these rows."""
     return DecodeState(state.recurrent[:, start:end], state.conv[:, start:end], state.position[start:end])
-
-
-def _by_context(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for i, request in enumerate(requests):
-        groups.setdefault(tuple(request.context), []).append(i)
-    return groups
-
-
-def _whole(request: Request, i: int) -> _Sequence:
-    """Request `i` read from its first token to the last but one."""
-    context, continuation = request
-    return _Sequence([*context, *continuation[:-1]], None, [_Wanted(len(context) - 1, continuation, i)])
-
-
-def _rest(request: Request, i: int, row: int) -> _Sequence:
-    """What is left of request `i` when the prediction behind its context, which lies in the state's row, is known."""
-    continuation = request.continuation
-    return _Sequence(continuation[:-1], row, [_Wanted(0, continuation[1:], i)])
-
-
-def _split(sequence: _Sequence, size: int) -> Iterator[_Sequence]:
-    for start in range(0, len(sequence.ids), size):
-        wanted = []
-        for first, tokens, request in sequence.wanted:
-            begin, end = max(first, start), min(first + len(tokens), start + size)
-            if begin < end:
-                wanted.append(_Wanted(begin - start, tokens[begin - first : end - first], request))
-        yield _Sequence(sequence.ids[start : start + size], sequence.row, wanted)
 
 
 def _ended(text: list[int], *, eos_ids: frozenset[int], stop: Callable[[list[int]], bool] | None) -> bool:

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdn.errors import ConfigError, GDNError, RunError
-from gdn.eval.scoring import Likelihood, Request, without_collector
+from gdn.eval.requests import Likelihood, Request
+from gdn.eval.scoring import without_collector
 from gdn.model.config import ModelConfig
 from gdn.ops.cpu import usable_cores
 

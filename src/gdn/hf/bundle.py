@@ -24,7 +24,7 @@ _Import = tuple[str, str | None, str]  # module, name in it or None for the modu
 _ROOTS = [("gdn.hf.configuration", "GatedDeltaNetConfig"), ("gdn.hf.modeling", "GatedDeltaNetModel")]
 _ROOTS += [("gdn.hf.modeling", "GatedDeltaNetForCausalLM")]
 _METHODS_LEFT_OUT = {
-    "Block": {"_fused", "_fused_backend"},
+    "Block": {"_fused", "_fused_backend", "is_fused"},
     "DecodeState": {"save", "load"},
     "GatedDeltaNet": {"_fused_rule"},
     "GatedDeltaNetForCausalLM": {"_step_backend", "_single_token"},

@@ -54,23 +54,25 @@ class Block(nn.Module):
     def _run(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> Tensor:
         if self._fused_backend(x, state, cu_seqlens) == "triton":
             return self._fused(x, state, cu_seqlens)
+        state = None if state is None else state.own()
         x = x + self.attn(self.attn_norm(x), state, cu_seqlens)
         out: Tensor = x + self.mlp(self.mlp_norm(x))
         return out
 
     def _fused_backend(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> str:
-        """ "triton" where the block is one operator: on a GPU, every module within as it was built and unwatched.
+        """ "triton" where the block is one operator. Not for single tokens, which have kernels of their own, nor for gradients
+        past a state."""
+        if state is not None and (self._is_training(x) or (cu_seqlens is None and x.shape[1] == 1)):
+            return "torch"
+        return "triton" if self.is_fused(x.device, x.dtype) else "torch"
 
-        Not for single tokens, which have kernels of their own, nor for gradients past a state.
-        """
+    def is_fused(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Whether the block is one operator: on a GPU, every module within as it was built and unwatched. Without gradients a
+        row has the same bits then beside any others."""
         config = self.attn.config
-        if not (config.use_gate and config.use_short_conv) or (state is not None and self._is_training(x)):
-            return "torch"
-        if state is not None and cu_seqlens is None and x.shape[1] == 1:
-            return "torch"
-        if not self.is_plain():
-            return "torch"
-        return choose_backend("auto", x.device, x.dtype, config.head_dim, config.head_v_dim)
+        if not (config.use_gate and config.use_short_conv and self.is_plain()):
+            return False
+        return choose_backend("auto", device, dtype, config.head_dim, config.head_v_dim) == "triton"
 
     def is_plain(self) -> bool:
         """Whether every module within is as it was built: no adapters (peft), nor hooks of offloading (accelerate) or of
@@ -117,9 +119,9 @@ class Block(nn.Module):
             return block(x, weights, *switches, cu_seqlens, keep_keys=self.recompute != "keys")
         into = joined([attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj]).to(x.dtype)
         gate_up = joined([mlp.gate_proj, mlp.up_proj]).to(x.dtype)
-        conv, recurrent = (None, None) if state is None else (state.conv, state.recurrent)
-        out, conv, recurrent = block_inference(x, into, gate_up, weights, *switches, conv, recurrent, cu_seqlens)
-        if state is not None:
+        recurrent, conv, rows = (None, None, None) if state is None else state
+        out, conv, recurrent = block_inference(x, into, gate_up, weights, *switches, conv, recurrent, cu_seqlens, rows)
+        if state is not None and state.rows is None:
             state.conv.copy_(conv)
             state.recurrent.copy_(recurrent)
         return out
@@ -135,13 +137,21 @@ class Backbone(nn.Module):
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
-        self, x: Tensor, state: DecodeState | None = None, cu_seqlens: Tensor | None = None, dtype: torch.dtype | None = None
+        self,
+        x: Tensor,
+        state: DecodeState | None = None,
+        cu_seqlens: Tensor | None = None,
+        dtype: torch.dtype | None = None,
+        rows: Tensor | None = None,
     ) -> Tensor:
-        """Ids [B, T] to hidden states [B, T, hidden], computed in `dtype` (the embeddings' own if None)."""
+        """Ids [B, T] to hidden states [B, T, hidden], computed in `dtype` (the embeddings' own if None).
+
+        rows: see `LayerState`.
+        """
         x = self.embeddings(x)
         x = x if dtype is None else x.to(dtype)
         for i, layer in enumerate(self.layers):
-            x = layer(x, None if state is None else LayerState(state.recurrent[i], state.conv[i]), cu_seqlens)
+            x = layer(x, None if state is None else LayerState(state.recurrent[i], state.conv[i], rows), cu_seqlens)
         out: Tensor = self.norm(x)
         return out
 

@@ -26,10 +26,18 @@ from gdn.ops.backend import choose_backend
 
 
 class LayerState(NamedTuple):
-    """One layer's views into a DecodeState: recurrent [N, HV, K, V], conv [N, conv_size - 1, D]."""
+    """One layer's views into a DecodeState: recurrent [N, HV, K, V], conv [N, conv_size - 1, D].
+
+    rows int64, if given: the row that each sequence begins from, one for several of them perhaps. The state is only read then.
+    """
 
     recurrent: Tensor
     conv: Tensor
+    rows: Tensor | None = None
+
+    def own(self) -> "LayerState":
+        """A row for each sequence, to be updated in place: a copy where `rows` says which."""
+        return self if self.rows is None else LayerState(self.recurrent[self.rows], self.conv[self.rows])
 
 
 class ShortConv(nn.Module):

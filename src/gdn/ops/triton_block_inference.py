@@ -27,8 +27,11 @@ def block_inference(
     conv_state: Tensor | None,
     initial_state: Tensor | None,
     cu_seqlens: Tensor | None,
+    initial_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, T, hidden] -> the block's output; the final convolution inputs and state, both empty without an initial state.
+
+    With initial_rows int64 [N], the row of both states that each sequence begins from, they are empty too.
 
     into [P, hidden]: the weights of q | k | v | a | b | g; gate_up [2 F, hidden]; they, o and down in x's dtype.
     """
@@ -36,7 +39,9 @@ def block_inference(
         return x, x if conv_state is None else conv_state, x.float() if initial_state is None else initial_state
     matrices = [into, weights.o.to(x.dtype), gate_up, weights.down.to(x.dtype)]
     vectors = (weights.attn_norm, weights.A_log, weights.dt_bias, weights.o_norm, weights.mlp_norm, weights.conv)
-    states = (conv_state, None if initial_state is None else initial_state.contiguous(), cu_seqlens)
+    if conv_state is not None and initial_rows is not None:
+        conv_state = conv_state[initial_rows]
+    states = (conv_state, None if initial_state is None else initial_state.contiguous(), initial_rows, cu_seqlens)
     result: tuple[Tensor, Tensor, Tensor] = _run(
         x.contiguous(), matrices, *vectors, weights.conv_bias, *states, list(heads), eps, allow_neg_eigval
     )
@@ -56,6 +61,7 @@ def _run(
     conv_bias: Tensor | None,
     conv_state: Tensor | None,
     initial_state: Tensor | None,
+    initial_rows: Tensor | None,
     cu_seqlens: Tensor | None,
     heads: list[int],
     eps: float,
@@ -65,13 +71,13 @@ def _run(
     proj = row_product(norm_forward(x, None, attn_norm, eps)[0], into)
     _, _, rule = run_forward(
         proj, conv, conv_bias, A_log, dt_bias, conv_state, initial_state, cu_seqlens, sizes, allow_neg_eigval,
-        for_backward=False,
+        for_backward=False, initial_rows=initial_rows,
     )  # fmt: skip
     y = gated_norm_forward(rule.o, proj, sizes.columns, o_norm, eps)
     normed, _, residual = norm_forward(x, row_product(y.flatten(-2), out), mlp_norm, eps)
     assert residual is not None
     residual = row_product(swiglu_forward(row_product(normed, gate_up)), down, residual)
-    if initial_state is None:
+    if initial_state is None or initial_rows is not None:
         return residual, x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     assert rule.final_state is not None
     return residual, conv_final_state(proj, conv_state, cu_seqlens, conv.shape[1], sizes.channels), rule.final_state
@@ -90,12 +96,13 @@ def _(
     conv_bias: Tensor | None,
     conv_state: Tensor | None,
     initial_state: Tensor | None,
+    initial_rows: Tensor | None,
     cu_seqlens: Tensor | None,
     heads: list[int],
     eps: float,
     allow_neg_eigval: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if initial_state is None:
+    if initial_state is None or initial_rows is not None:
         return torch.empty_like(x), x.new_empty(0), x.new_empty(0, dtype=torch.float32)
     carried = x.new_empty(len(initial_state), conv.shape[1] - 1, conv.shape[0])
     return torch.empty_like(x), carried, torch.empty_like(initial_state)

@@ -52,13 +52,15 @@ def run_forward(
     allow_neg_eigval: bool,
     *,
     for_backward: bool,
+    initial_rows: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Forward]:
-    """q, k and the rule's results."""
+    """q, k and the rule's results; the final state if there is an initial one, unless it is one of `initial_rows`."""
     q, k, v = conv_forward(proj, conv_weight, conv_bias, *heads, conv_state, cu_seqlens)
     g, beta = gates_forward(proj, heads.channels, heads.channels + heads.HV, A_log, dt_bias, allow_neg_eigval)
     result = forward(
         q, k, v, g, beta, heads.K**-0.5, initial_state, chunks_of(proj.shape[0], proj.shape[1], cu_seqlens),
-        with_final_state=initial_state is not None, for_backward=for_backward,
+        with_final_state=initial_state is not None and initial_rows is None, for_backward=for_backward,
+        initial_rows=initial_rows,
     )  # fmt: skip
     return q, k, result
 

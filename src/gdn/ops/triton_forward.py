@@ -80,8 +80,12 @@ def forward(
     *,
     with_final_state: bool,
     for_backward: bool,
+    initial_rows: Tensor | None = None,
 ) -> Forward:
-    """All tensors contiguous, q, k, v of one dtype; shapes as in `gated_delta_rule`."""
+    """All tensors contiguous, q, k, v of one dtype; shapes as in `gated_delta_rule`.
+
+    initial_rows [N] int64: the row of initial_state [M, HV, K, V] that each sequence begins from; not with `for_backward`.
+    """
     T, K, (HV, V) = q.shape[1], q.shape[3], v.shape[2:]
     intra = _run_intra(q, k, g, beta, scale, chunks)
     o = torch.empty_like(v)
@@ -90,7 +94,7 @@ def forward(
     final_state = v.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32) if with_final_state else None
     segments = segments_of(T, chunks.cu_seqlens is not None) if for_backward else Segments(1, T)
     if segments.parts == 1:
-        carry(q, k, v, intra, initial_state, o, X, states, final_state, scale, chunks)
+        carry(q, k, v, intra, initial_state, o, X, states, final_state, scale, chunks, initial_rows)
         return Forward(o, final_state, X, states, intra)
     q, k, v = (segments.cut(x) for x in (q, k, v))
     chunks = chunks_of(v.shape[0], v.shape[1], None)
@@ -116,18 +120,21 @@ def carry(
     final_state: Tensor | None,
     scale: float,
     chunks: Chunks,
+    initial_rows: Tensor | None = None,
 ) -> None:
     """Run the recurrence over chunks from initial_state on; fills o and whichever of X, states and final_state are given."""
     (_, T, H, K), (HV, V) = q.shape, v.shape[2:]
     if on_hopper(v, chunks):
         from gdn.ops.triton_hopper_states import run_states
 
+        if initial_state is not None and initial_rows is not None:
+            initial_state = initial_state[initial_rows]
         run_states(q, k, v, *intra, o, X, states, initial_state, final_state, scale, reverse=False)
         return
     config = configuration("states", q, V)
     _states[(chunks.sequences * HV * (V // config.block),)](
-        q, k, v, *intra, initial_state, o, X, states, final_state, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
-        H=H, HV=HV, K=K, V=V, BK=min(K, 128), BV=config.block, PRECISION=precision(v), **config.launch(),
+        q, k, v, *intra, initial_state, initial_rows, o, X, states, final_state, chunks.cu_seqlens, chunks.first, scale, T,
+        chunks.per_row, H=H, HV=HV, K=K, V=V, BK=min(K, 128), BV=config.block, PRECISION=precision(v), **config.launch(),
     )  # fmt: skip
 
 
@@ -257,7 +264,7 @@ def _intra(
 
 @triton.jit
 def _states(
-    q, k, v, A, P, gates, initial_state, o, X, states, final_state, cu_seqlens, first, scale, T, per_row,
+    q, k, v, A, P, gates, initial_state, initial_rows, o, X, states, final_state, cu_seqlens, first, scale, T, per_row,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BK: tl.constexpr, BV: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -272,9 +279,12 @@ def _states(
     S0 = tl.zeros([BV, BK], tl.float32)
     S1 = tl.zeros([BV, BK], tl.float32)
     if initial_state is not None:
-        S0 = tl.load(initial_state + state_offsets).to(tl.float32)
+        source = initial_state + state_offsets
+        if initial_rows is not None:
+            source += (tl.load(initial_rows + n) - n) * (HV * K * V)
+        S0 = tl.load(source).to(tl.float32)
         if K > BK:
-            S1 = tl.load(initial_state + state_offsets + BK * V).to(tl.float32)
+            S1 = tl.load(source + BK * V).to(tl.float32)
 
     for i in tl.range(0, tl.cdiv(length, 64)):
         position = i * 64 + rows
