@@ -39,7 +39,15 @@ def test_replayed_steps_have_the_bits_of_launched_ones(scenario: str, model: str
     check(lambda on: run_of(shards, model, train={"cuda_graph": on}, eval={"every": 1}), "cuda", scenario, replays)
 
 
-@pytest.mark.parametrize("changes", [{"recompute": "nothing"}, {"recompute": "blocks"}, {"dtype": "float32"}, {}], ids=str)
+NARROW = pytest.param(
+    {"float8_ffn": True},
+    marks=pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no float8"),
+)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"recompute": "nothing"}, {"recompute": "blocks"}, {"dtype": "float32"}, NARROW, {}], ids=str
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_way_of_training(changes: dict[str, Any], packed: bool, shards: Path, replays: list[int]) -> None:
     data = {"reset_at_documents": packed}
