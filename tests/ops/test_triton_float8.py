@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from gdn.errors import BackendError
 from gdn.model.lm import Block
+from gdn.ops.backend import FLOAT8_CAPABILITIES
 from gdn.ops.norm import rms_norm
 
 pytest.importorskip("triton")
@@ -27,8 +28,7 @@ E4M3 = torch.float8_e4m3fn
 DTYPE = torch.bfloat16 if GPU else torch.float32  # of what is not float8: a product by rows gives bfloat16 alone there
 STEP = 2.0**-3  # between two neighbours, of the smaller
 ROUNDING = 0.04  # relative 2-norm of rounding to the nearest: a normal draw's is 0.027
-needs_float8 = pytest.mark.skipif(GPU and torch.cuda.get_device_capability() < (8, 9), reason="no float8")
-pytestmark = needs_float8
+pytestmark = pytest.mark.skipif(GPU and torch.cuda.get_device_capability() not in FLOAT8_CAPABILITIES, reason="no float8")
 
 
 @pytest.fixture(autouse=True)
@@ -143,7 +143,8 @@ def test_block_within_what_float8_rounds(name: str, monkeypatch: pytest.MonkeyPa
     part = relative_error(narrow["y"] - past, plain["y"] - past)
     assert 1e-3 < part < 3 * ROUNDING, part
     errors = {key: relative_error(narrow[key], plain[key]) for key in plain}
-    assert max(errors.values()) < 6 * ROUNDING, errors
+    # Sums over all tokens that may come out near 0, with none of their digits.
+    assert max(e for key, e in errors.items() if key not in ("attn.A_log", "attn.dt_bias")) < 4 * ROUNDING, errors
     assert errors["mlp.gate_proj.weight"] > 1e-3 and errors["x"] > 1e-4, errors
 
 
@@ -198,8 +199,9 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     cuda = torch.device("cuda", 0)
     assert "on cpu" in str(backend.float8_refusal(torch.device("cpu"), 64, 64, (1024,)))
     monkeypatch.setattr(backend, "triton_refusal", lambda *_: None)
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    assert "8.6" in str(backend.float8_refusal(cuda, 64, 64, (1024,)))
+    for capability in ((8, 6), (12, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        assert "{}.{} does not".format(*capability) in str(backend.float8_refusal(cuda, 64, 64, (1024,)))
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 9))
     assert backend.float8_refusal(cuda, 64, 64, (1024, 2816)) is None
     assert "2820" in str(backend.float8_refusal(cuda, 64, 64, (1024, 2820)))

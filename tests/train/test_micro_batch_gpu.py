@@ -14,6 +14,7 @@ from train_testing import differences, make_run, saved
 
 import gdn.train.loop as loop
 from gdn.data.loader import Batch
+from gdn.ops.backend import FLOAT8_CAPABILITIES
 from gdn.train.micro_batch import MicroBatch
 from gdn.train.optim import build_optimizer
 from gdn.train.recipe import RunConfig
@@ -41,7 +42,9 @@ def test_replayed_steps_have_the_bits_of_launched_ones(scenario: str, model: str
 
 NARROW = pytest.param(
     {"float8_ffn": True},
-    marks=pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no float8"),
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() not in FLOAT8_CAPABILITIES, reason="no float8"
+    ),
 )
 
 

@@ -20,7 +20,8 @@ Backend = Literal["auto", "reference", "torch", "triton"]
 BACKENDS = ("reference", "torch", "triton")
 TRITON_K = (64, 128, 256)
 TRITON_V = "a multiple of 32 up to 512"
-FLOAT8_CAPABILITY, FLOAT8_SIZE = (8, 9), 16  # of a GPU whose tensor cores multiply float8; what divides matrices' sides there
+FLOAT8_SIZE = 16  # what divides the sides of matrices that tensor cores multiply in float8
+FLOAT8_CAPABILITIES = ((8, 9), (9, 0))  # on 12.0 cuBLAS refuses scales by row: pytorch/pytorch#192707
 OLDEST_TRITON, OLDEST_HOPPER_TRITON, OLDEST_CAPABILITY = (3, 4), (3, 6), (8, 0)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -61,11 +62,11 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, K: int, V: int) -> 
 def float8_refusal(device: torch.device, K: int, V: int, sides: Iterable[int]) -> str | None:
     """Why a block with heads of K and V cannot multiply in float8 in training matrices of these sides, or None."""
     if device.type != "cuda":
-        return f"the model is on {device.type}; expected a GPU of compute capability 8.9 or more"
+        return f"the model is on {device.type}; expected a GPU of compute capability 8.9 or 9.0"
     if refusal := triton_refusal(device, torch.bfloat16, K, V):
         return refusal
-    if (capability := torch.cuda.get_device_capability(device)) < FLOAT8_CAPABILITY:
-        return f"compute capability {'.'.join(map(str, capability))} has no float8; expected 8.9 or more"
+    if (capability := torch.cuda.get_device_capability(device)) not in FLOAT8_CAPABILITIES:
+        return f"compute capability {'.'.join(map(str, capability))} does not multiply it by rows; expected 8.9 or 9.0"
     odd = [side for side in sides if side % FLOAT8_SIZE]
     return f"an FFN's matrices have a side of {odd[0]}; expected multiples of {FLOAT8_SIZE}" if odd else None
 
