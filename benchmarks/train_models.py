@@ -37,7 +37,7 @@ def initial_model(run: RunConfig) -> GatedDeltaNetLM:
 
 def gdn_step(run: RunConfig, weights: dict[str, Tensor], device: str) -> Step:
     with torch.device("meta"):
-        model = GatedDeltaNetLM(run.model, compute_dtype(run), run.train.recompute)
+        model = GatedDeltaNetLM(run.model, compute_dtype(run), run.train.recompute, run.train.float8_ffn)
     model.to_empty(device=device)
     model.load_state_dict(weights)
     micro_batch, optimizer = MicroBatch(model, run.train.cuda_graph), build_optimizer(model, run.optim)

@@ -1,11 +1,12 @@
 """One training step of the published model on one GPU: gdn beside flash-linear-attention, and gdn's by part beside its floor.
 
-python benchmarks/train_step.py [--rows kernels,gdn,eager,nothing,blocks,fla] [--micro-batches 16,4,2] [--recipe FILE]
+python benchmarks/train_step.py [--rows kernels,gdn,float8,eager,nothing,blocks,fla] [--micro-batches 16,4,2] [--recipe FILE]
                                 [--shards FOLDER] [a.b=value ...] [--write [--output FOLDER]]
 
-Rows: `gdn` is `gdn.train.loop.train_step` as the recipe has it, optimizer and all; `eager` the same without a CUDA graph;
-`nothing` and `blocks` with that computed again in the backward (the recipe's default: `keys`); `fla` the peer (`train_models`);
-`kernels` every kernel around the rule beside torch.compile's for it. A step is one micro batch, of each of the given sizes.
+Rows: `gdn` is `gdn.train.loop.train_step` as the recipe has it, optimizer and all; `float8` the same with the FFNs in float8,
+`eager` without a CUDA graph; `nothing` and `blocks` with that computed again in the backward (the recipe's default: `keys`);
+`fla` the peer (`train_models`); `kernels` every kernel around the rule beside torch.compile's for it. A step is one micro
+batch, of each of the given sizes.
 Times are medians of single steps by CUDA events; memory the largest allocation, and what torch held of the GPU at most, warm-up
 and capture included. Floors are bytes over the copying rate, or flops over the rate of a large product, both measured first:
 every tensor read or written once.
@@ -36,9 +37,10 @@ from gdn.train.recipe import RunConfig
 
 RESULTS = Path(__file__).parent / "results"
 RECIPE = Path(__file__).parent.parent / "recipes" / "gdn_360m_15b.toml"
-ROWS = ("kernels", "gdn", "eager", "nothing", "blocks", "fla")
+ROWS = ("kernels", "gdn", "float8", "eager", "nothing", "blocks", "fla")
 CHANGES: dict[str, dict[str, Any]] = {  # of the recipe's section `train`
     "gdn": {},
+    "float8": {"float8_ffn": True},
     "eager": {"cuda_graph": False},
     "nothing": {"recompute": "nothing"},
     "blocks": {"recompute": "blocks"},
@@ -55,7 +57,7 @@ PARTS = {  # of the device's time: what a kernel's name contains, the first that
     "optimizer": ("FusedOptimizer", "LpNorm", "lpnorm", "BinaryOpScalarTensor"),
     "matmuls": ("nvjet", "gemm", "cutlass", "splitK", "cublas"),
     "embeddings": ("embedding", "grad_weight", "sum_and_scatter", "gather", "index", "radix", "RadixSort", "segment"),
-    "copies and casts": ("copy", "Memcpy", "Memset", "CatArray", "chunk_cat", "FillFunctor"),
+    "copies and casts": ("_cast_rows", "copy", "Memcpy", "Memset", "CatArray", "chunk_cat", "FillFunctor"),
     "sums and others": ("",),
 }  # fmt: skip
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 import triton.backends.nvidia
 from triton._C.libtriton import ir
 from triton.backends.compiler import GPUTarget
@@ -25,6 +26,7 @@ from gdn.ops import (
     triton_configs,
     triton_cross_entropy,
     triton_draw,
+    triton_float8,
     triton_forward,
     triton_gates,
     triton_layer_step,
@@ -240,6 +242,19 @@ def training_kernels(arch: int) -> Iterator[dict[str, Any]]:
     yield compiled(arch, triton_cross_entropy._row_scores, values, constants, num_warps=triton_cross_entropy.NUM_WARPS)
 
 
+def float8_kernels(arch: int) -> Iterator[dict[str, Any]]:
+    """Of the FFN of the published width; GPUs before 8.9 have none."""
+    values = dict.fromkeys(("x", "branch", "total", "joined", "d", "d_joined"), "*bf16") | {"weight": "*fp32", "eps": "fp32"}
+    values |= dict.fromkeys(("values", "normed"), "*fp8e4nv") | {"scales": "*fp32"} | dict.fromkeys(("rows", "D", "F"), "i32")
+    for width in (1024, 2816, 5632):  # a residual, and the transposed weights' rows
+        constants = {"BLOCK": triton.next_power_of_2(width)}
+        yield compiled(arch, triton_float8._cast_rows, values, constants, num_warps=triton_float8.warps(width))
+    constants = {"BLOCK": 1024, "ROWS": triton_norm.FORWARD_ROWS}
+    yield compiled(arch, triton_norm._norm_forward, values, constants, num_warps=triton_norm.FORWARD_WARPS)
+    for kernel in (triton_swiglu._swiglu_forward_float8, triton_swiglu._swiglu_backward_float8):
+        yield compiled(arch, kernel, values, {"BLOCK": 4096}, num_warps=triton_swiglu.FLOAT8_WARPS)
+
+
 def hopper_kernels(K: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
     from gdn.ops import triton_hopper_gradients, triton_hopper_states
 
@@ -272,6 +287,8 @@ def main() -> None:
         if arch == 90:
             for dtype in (torch.bfloat16, torch.float16):
                 take(K, dtype, hopper_kernels(K, dtype))
+        if K == 256 and arch >= 89:
+            take(K, torch.bfloat16, float8_kernels(arch))
         if arch == 90 and not every:
             continue  # compiling the others for it takes a minute
         take(K, torch.bfloat16, rule_kernels(arch, K, torch.bfloat16))

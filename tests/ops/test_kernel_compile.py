@@ -24,6 +24,7 @@ KERNELS += Counter(_layer_step=1, _candidates=1, _choose=2, _noise=1)
 KERNELS += Counter(_norm_forward=1, _norm_backward=1, _gated_norm_forward=1, _gated_norm_backward=1)
 KERNELS += Counter(_swiglu_forward=1, _swiglu_backward=1, _cross_entropy=1, _row_scores=1)
 HOPPER = Counter(_states=10, _gradients=2)  # K=V=128, where a short loop unrolls and registers run out first, and 256
+FLOAT8 = Counter(_cast_rows=3, _norm_forward=1, _swiglu_forward_float8=1, _swiglu_backward_float8=1)  # from 8.9 on
 
 
 def compile_for(arch: int, folder: Path, *options: str) -> list[dict[str, Any]]:
@@ -58,8 +59,8 @@ def test_kernels_fit_the_shared_memory_of_small_gpus(compiling: dict[int, "Futur
 
 def test_hoppers_own_kernels_fit_and_their_products_overlap(compiling: dict[int, "Future[list[dict[str, Any]]]"]) -> None:
     reports = compiling[90].result()
-    assert Counter(report["kernel"] for report in reports) == HOPPER
-    assert all("serialised" in report for report in reports)
+    assert Counter(report["kernel"] for report in reports) == HOPPER + FLOAT8
+    assert sum("serialised" in report for report in reports) == HOPPER.total()
     check(90, reports)
 
 

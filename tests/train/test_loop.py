@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from train_testing import differences, go, make_run, make_shards, partials, saved, tensors, with_model
 
 import gdn.model.load as load
+import gdn.train.loop as loop
 from gdn import config as toml
 from gdn.cli import main
 from gdn.errors import CheckpointError, ConfigError, DataError, RunError
@@ -169,3 +170,22 @@ def test_pruning_and_leftovers(shards: Path, tmp_path: Path) -> None:
     go(make_run(shards, checkpoint={"every": 2, "keep": 2}), tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     assert partials(tmp_path / "run") == []
+
+
+def test_float8_where_there_is_none_is_an_error(shards: Path, tmp_path: Path) -> None:
+    """Before a step, by the switch's name: on a CPU, and where no block is one operator."""
+    wanted = {"dtype": "bfloat16", "float8_ffn": True}
+    run = make_run(shards, train=wanted)
+    with pytest.raises(
+        ConfigError, match=r"train\.float8_ffn = true: the model is on cpu; expected a GPU of compute capability 8\.9 or 9\.0"
+    ):
+        go(run, tmp_path / "run")
+    with pytest.raises(ConfigError, match=r"train\.float8_ffn = true: model\.use_gate"):
+        go(with_model(run, use_gate=False), tmp_path / "run")
+
+
+def test_a_run_goes_on_in_float8_only_if_it_began_so(shards: Path, tmp_path: Path) -> None:
+    go(make_run(shards, train={"steps": 1, "dtype": "bfloat16"}, optim={"warmup_steps": 1}), tmp_path / "run")
+    changed = make_run(shards, train={"steps": 1, "dtype": "bfloat16", "float8_ffn": True}, optim={"warmup_steps": 1})
+    with pytest.raises(CheckpointError, match=r"train\.float8_ffn = False there, True in the recipe"):
+        loop._newest(changed, tmp_path / "run" / loop.CHECKPOINTS)

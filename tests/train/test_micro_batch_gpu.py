@@ -14,6 +14,7 @@ from train_testing import differences, make_run, saved
 
 import gdn.train.loop as loop
 from gdn.data.loader import Batch
+from gdn.ops.backend import FLOAT8_CAPABILITIES
 from gdn.train.micro_batch import MicroBatch
 from gdn.train.optim import build_optimizer
 from gdn.train.recipe import RunConfig
@@ -39,7 +40,17 @@ def test_replayed_steps_have_the_bits_of_launched_ones(scenario: str, model: str
     check(lambda on: run_of(shards, model, train={"cuda_graph": on}, eval={"every": 1}), "cuda", scenario, replays)
 
 
-@pytest.mark.parametrize("changes", [{"recompute": "nothing"}, {"recompute": "blocks"}, {"dtype": "float32"}, {}], ids=str)
+NARROW = pytest.param(
+    {"float8_ffn": True},
+    marks=pytest.mark.skipif(
+        torch.cuda.is_available() and torch.cuda.get_device_capability() not in FLOAT8_CAPABILITIES, reason="no float8"
+    ),
+)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"recompute": "nothing"}, {"recompute": "blocks"}, {"dtype": "float32"}, NARROW, {}], ids=str
+)
 @pytest.mark.parametrize("packed", [False, True])
 def test_every_way_of_training(changes: dict[str, Any], packed: bool, shards: Path, replays: list[int]) -> None:
     data = {"reset_at_documents": packed}

@@ -41,6 +41,7 @@ def test_round_trip(tmp_path: Path) -> None:
 BAD: list[tuple[str, dict[str, Any]]] = [
     ("data.global_batch_size = 5", {"data": {"global_batch_size": 5}}),
     ("train.steps = 0", {"train": {"steps": 0}}),
+    ('train.dtype = "float32"', {"train": {"float8_ffn": True}}),
     ("optim.warmup_steps = 7", {"optim": {"warmup_steps": 7}}),
     ("optim.min_lr = 1.0", {"optim": {"min_lr": 1.0}}),
     ("optim.betas", {"optim": {"betas": [0.9, 1.0]}}),

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from gdn.errors import BackendError
 from gdn.model.config import ModelConfig
 from gdn.model.layers import Linear, RMSNorm, SwiGLU, joined
 from gdn.model.mixer import GatedDeltaNet, LayerState, ShortConv
@@ -37,9 +38,10 @@ def is_watched(module: nn.Module) -> bool:
 class Block(nn.Module):
     """Pre-norm residual block: mixer, then SwiGLU."""
 
-    def __init__(self, config: ModelConfig, recompute: Recompute = "nothing") -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute = "nothing", float8_ffn: bool = False) -> None:
         super().__init__()
         self.recompute = recompute
+        self.float8_ffn = float8_ffn
         self.attn_norm = RMSNorm(config.hidden_size, config.norm_eps)
         self.attn = GatedDeltaNet(config)
         self.mlp_norm = RMSNorm(config.hidden_size, config.norm_eps)
@@ -62,9 +64,15 @@ class Block(nn.Module):
     def _fused_backend(self, x: Tensor, state: LayerState | None, cu_seqlens: Tensor | None) -> str:
         """ "triton" where the block is one operator. Not for single tokens, which have kernels of their own, nor for gradients
         past a state."""
-        if state is not None and (self._is_training(x) or (cu_seqlens is None and x.shape[1] == 1)):
-            return "torch"
-        return "triton" if self.is_fused(x.device, x.dtype) else "torch"
+        training = self._is_training(x)
+        apart = state is not None and (training or (cu_seqlens is None and x.shape[1] == 1))
+        fused = not apart and self.is_fused(x.device, x.dtype)
+        if self.float8_ffn and training and not (fused and x.dtype == torch.bfloat16):
+            raise BackendError(
+                f"train.float8_ffn = true: a block in {x.dtype} on {x.device.type} is not one operator of the GPU kernels in "
+                "torch.bfloat16; expected that, so no hooks nor adapters in it"
+            )
+        return "triton" if fused else "torch"
 
     def is_fused(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the block is one operator: on a GPU, every module within as it was built and unwatched. Without gradients a
@@ -116,7 +124,8 @@ class Block(nn.Module):
         heads = Heads(config.num_heads, config.head_dim, config.value_heads, config.head_v_dim)
         switches = (heads, config.norm_eps, config.allow_neg_eigval)
         if self._is_training(x):
-            return block(x, weights, *switches, cu_seqlens, keep_keys=self.recompute != "keys")
+            keep_keys = self.recompute != "keys"
+            return block(x, weights, *switches, cu_seqlens, keep_keys=keep_keys, float8_ffn=self.float8_ffn)
         into = joined([attn.q_proj, attn.k_proj, attn.v_proj, attn.a_proj, attn.b_proj, attn.g_proj]).to(x.dtype)
         gate_up = joined([mlp.gate_proj, mlp.up_proj]).to(x.dtype)
         recurrent, conv, rows = (None, None, None) if state is None else state
@@ -130,10 +139,10 @@ class Block(nn.Module):
 class Backbone(nn.Module):
     """Token ids to hidden states."""
 
-    def __init__(self, config: ModelConfig, recompute: Recompute = "nothing") -> None:
+    def __init__(self, config: ModelConfig, recompute: Recompute = "nothing", float8_ffn: bool = False) -> None:
         super().__init__()
         self.embeddings = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, recompute) for _ in range(config.num_hidden_layers))
+        self.layers = nn.ModuleList(Block(config, recompute, float8_ffn) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.norm_eps)
 
     def forward(
@@ -159,12 +168,19 @@ class Backbone(nn.Module):
 class GatedDeltaNetLM(nn.Module):
     """The model of the published checkpoint; state_dict keys are flash-linear-attention's."""
 
-    def __init__(self, config: ModelConfig, compute_dtype: torch.dtype | None = None, recompute: Recompute = "nothing") -> None:
-        """compute_dtype: of activations and matrix products; None: that of the weights. recompute: in the backward."""
+    def __init__(
+        self,
+        config: ModelConfig,
+        compute_dtype: torch.dtype | None = None,
+        recompute: Recompute = "nothing",
+        float8_ffn: bool = False,
+    ) -> None:
+        """compute_dtype: of activations and matrix products; None: that of the weights. recompute: in the backward.
+        float8_ffn: the FFNs' products in float8 where gradients are made, by the kernels on a GPU."""
         super().__init__()
         self.config = config
         self.compute_dtype = compute_dtype
-        self.model = Backbone(config, recompute)
+        self.model = Backbone(config, recompute, float8_ffn)
         self.lm_head = Linear(config.hidden_size, config.vocab_size)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.model.embeddings.weight

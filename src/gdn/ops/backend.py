@@ -5,6 +5,7 @@ import importlib.util
 import logging
 import os
 import re
+from collections.abc import Iterable
 from functools import cache
 from typing import Literal
 
@@ -19,6 +20,8 @@ Backend = Literal["auto", "reference", "torch", "triton"]
 BACKENDS = ("reference", "torch", "triton")
 TRITON_K = (64, 128, 256)
 TRITON_V = "a multiple of 32 up to 512"
+FLOAT8_SIZE = 16  # what divides the sides of matrices that tensor cores multiply in float8
+FLOAT8_CAPABILITIES = ((8, 9), (9, 0))  # on 12.0 cuBLAS refuses scales by row: pytorch/pytorch#192707
 OLDEST_TRITON, OLDEST_HOPPER_TRITON, OLDEST_CAPABILITY = (3, 4), (3, 6), (8, 0)
 _TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -54,6 +57,18 @@ def triton_refusal(device: torch.device, dtype: torch.dtype, K: int, V: int) -> 
     if K not in TRITON_K or V % 32 or not 32 <= V <= 512:
         return f"head sizes are K = {K}, V = {V}; expected K in {{64, 128, 256}} and V {TRITON_V}"
     return _missing(device.type, device.index, dtype == torch.float32 and K == 256)
+
+
+def float8_refusal(device: torch.device, K: int, V: int, sides: Iterable[int]) -> str | None:
+    """Why a block with heads of K and V cannot multiply in float8 in training matrices of these sides, or None."""
+    if device.type != "cuda":
+        return f"the model is on {device.type}; expected a GPU of compute capability 8.9 or 9.0"
+    if refusal := triton_refusal(device, torch.bfloat16, K, V):
+        return refusal
+    if (capability := torch.cuda.get_device_capability(device)) not in FLOAT8_CAPABILITIES:
+        return f"compute capability {'.'.join(map(str, capability))} does not multiply it by rows; expected 8.9 or 9.0"
+    odd = [side for side in sides if side % FLOAT8_SIZE]
+    return f"an FFN's matrices have a side of {odd[0]}; expected multiples of {FLOAT8_SIZE}" if odd else None
 
 
 def pair_refusal(triton_version: str, capability: tuple[int, int]) -> str | None:

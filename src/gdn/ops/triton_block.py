@@ -13,9 +13,10 @@ from torch import Tensor
 
 from gdn.ops.conv_rule import Heads
 from gdn.ops.triton_conv_rule import fake_saved, run_backward, run_forward
-from gdn.ops.triton_norm import gated_norm_backward, gated_norm_forward, norm_backward, norm_forward
+from gdn.ops.triton_float8 import cast_rows, product
+from gdn.ops.triton_norm import gated_norm_backward, gated_norm_forward, norm_backward, norm_forward, norm_forward_float8
 from gdn.ops.triton_short_conv import conv_forward
-from gdn.ops.triton_swiglu import swiglu_backward, swiglu_forward
+from gdn.ops.triton_swiglu import swiglu_backward, swiglu_backward_float8, swiglu_forward, swiglu_forward_float8
 
 
 class BlockWeights(NamedTuple):
@@ -61,10 +62,15 @@ def block(
     cu_seqlens: Tensor | None,
     *,
     keep_keys: bool,
+    float8_ffn: bool = False,
 ) -> Tensor:
-    """x [B, T, hidden] -> [B, T, hidden] in x's dtype, which is that of the matrix products; differentiable once."""
+    """x [B, T, hidden] -> [B, T, hidden] in x's dtype, which is that of the matrix products; differentiable once.
+
+    float8_ffn: those of the FFN in float8, but its weights' gradients; on a GPU for bfloat16 alone (`backend.float8_refusal`).
+    """
     matrices, vectors = list(weights[:_MATRICES]), weights[_MATRICES:]
-    out: Tensor = _forward(x.contiguous(), matrices, *vectors, cu_seqlens, list(heads), eps, allow_neg_eigval, keep_keys)[0]
+    switches = list(heads), eps, allow_neg_eigval, keep_keys, float8_ffn
+    out: Tensor = _forward(x.contiguous(), matrices, *vectors, cu_seqlens, *switches)[0]
     return out
 
 
@@ -84,6 +90,7 @@ def _forward(
     eps: float,
     allow_neg_eigval: bool,
     keep_keys: bool,
+    float8_ffn: bool,
 ) -> list[Tensor]:
     """The result; then, for the backward, the joined weights, the residual between the halves, proj, gate | up, o and what
     `conv_rule_training` saves."""
@@ -99,11 +106,9 @@ def _forward(
     )
     assert rule.X is not None and rule.states is not None
     y = gated_norm_forward(rule.o, proj, sizes.columns, o_norm, eps)
-    normed, middle, out = norm_forward(x, y.flatten(-2) @ joined.o.t(), mlp_norm, eps)
-    assert middle is not None and out is not None
-    gate_up = normed @ joined.gate_up.t()
-    del normed, y
-    out.flatten(0, 1).addmm_(swiglu_forward(gate_up).flatten(0, 1), joined.down.t())
+    ffn = _ffn_float8 if float8_ffn else _ffn
+    middle, gate_up, out = ffn(x, y.flatten(-2) @ joined.o.t(), mlp_norm, eps, joined)
+    del y
     keys = [q, k] if keep_keys else [q.new_empty(0), q.new_empty(0)]
     return [out, packed, middle, proj, gate_up, rule.o, *keys, rule.X, rule.states, *rule.intra]
 
@@ -124,6 +129,7 @@ def _(
     eps: float,
     allow_neg_eigval: bool,
     keep_keys: bool,
+    float8_ffn: bool,
 ) -> list[Tensor]:
     sizes = Heads(*heads)
     proj = x.new_empty(*x.shape[:2], sizes.columns + sizes.HV * sizes.V)
@@ -149,6 +155,7 @@ def _backward(
     heads: list[int],
     eps: float,
     allow_neg_eigval: bool,
+    float8_ffn: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of x, of the four joined matrices in `dtype`, and of the other weights in float32; an empty one for no bias."""
@@ -156,13 +163,9 @@ def _backward(
     packed, middle, proj, gate_up, o, q, k, *rule = saved
     joined = _views(packed, x.shape[-1], sizes, gate_up.shape[-1] // 2)
 
-    d_activated = d_out @ joined.down
-    d_gate_up = swiglu_backward(d_activated, gate_up)
-    d_down = _weight_gradient(d_out, d_activated, dtype)  # which holds what SwiGLU made
-    del d_activated
-    d_normed = d_gate_up @ joined.gate_up
+    d_normed, d_gate_up, d_down = (_ffn_backward_float8 if float8_ffn else _ffn_backward)(d_out, gate_up, joined, dtype)
     d_middle, d_mlp_norm = norm_backward(d_normed, middle, mlp_norm, eps, d_out)
-    d_both = _weight_gradient(d_gate_up, d_normed, dtype)  # the same
+    d_both = _weight_gradient(d_gate_up, d_normed, dtype)  # which holds what the norm made
     del d_gate_up, d_normed
 
     dy = (d_middle @ joined.o).view(o.shape)
@@ -202,6 +205,7 @@ def _(
     heads: list[int],
     eps: float,
     allow_neg_eigval: bool,
+    float8_ffn: bool,
     dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     joined = _views(saved[0], x.shape[-1], Heads(*heads), saved[3].shape[-1] // 2)
@@ -213,10 +217,10 @@ def _(
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    x, matrices, *vectors, cu_seqlens, heads, eps, allow_neg_eigval, _ = inputs
+    x, matrices, *vectors, cu_seqlens, heads, eps, allow_neg_eigval, _, float8_ffn = inputs
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, *vectors, cu_seqlens, *output[1:])
-    ctx.arguments = heads, eps, allow_neg_eigval, matrices[0].dtype
+    ctx.arguments = heads, eps, allow_neg_eigval, float8_ffn, matrices[0].dtype
     ctx.matrices = [(tuple(matrix.shape), matrix.dtype) for matrix in matrices]
     ctx.vectors = [None if vector is None else vector.dtype for vector in vectors]
 
@@ -231,10 +235,48 @@ def _differentiate(ctx: Any, gradients: list[Tensor | None]) -> tuple[Any, ...]:
     matrices = [*into.split(rows[:6]), o, *both.split(rows[7:9]), down]
     matrices = [d.to(dtype) for d, (_, dtype) in zip(matrices, ctx.matrices)]
     others = [None if dtype is None else d.to(dtype) for d, dtype in zip(others, ctx.vectors)]
-    return dx, matrices, *others, None, None, None, None, None
+    return dx, matrices, *others, None, None, None, None, None, None
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
+
+
+def _ffn(x: Tensor, branch: Tensor, norm: Tensor, eps: float, joined: _Joined) -> tuple[Tensor, Tensor, Tensor]:
+    """x + branch; gate | up of it; and the block's result."""
+    normed, middle, out = norm_forward(x, branch, norm, eps)
+    assert middle is not None and out is not None
+    gate_up = normed @ joined.gate_up.t()
+    del normed, branch
+    out.flatten(0, 1).addmm_(swiglu_forward(gate_up).flatten(0, 1), joined.down.t())
+    return middle, gate_up, out
+
+
+def _ffn_float8(x: Tensor, branch: Tensor, norm: Tensor, eps: float, joined: _Joined) -> tuple[Tensor, Tensor, Tensor]:
+    normed, middle = norm_forward_float8(x, branch, norm, eps)
+    gate_up = product(normed, cast_rows(joined.gate_up), x.dtype, fast=True)
+    del normed, branch
+    out = product(swiglu_forward_float8(gate_up), cast_rows(joined.down), x.dtype, fast=True)
+    return middle, gate_up, out.add_(middle)  # by a pass of its own: a product by rows adds to nothing
+
+
+def _ffn_backward(d_out: Tensor, gate_up: Tensor, joined: _Joined, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of the normed input, of gate | up, and in dtype of down."""
+    d_activated = d_out @ joined.down
+    d_gate_up = swiglu_backward(d_activated, gate_up)
+    d_down = _weight_gradient(d_out, d_activated, dtype)  # which holds what SwiGLU made
+    del d_activated
+    return d_gate_up @ joined.gate_up, d_gate_up, d_down
+
+
+def _ffn_backward_float8(d_out: Tensor, gate_up: Tensor, joined: _Joined, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Weights' gradients are products of what bf16 holds: Hopper multiplies float8 along rows alone, and columns copied into
+    rows cost what that would save. What is summed over tokens keeps its digits so."""
+    down, both = (cast_rows(weight.t().contiguous()) for weight in (joined.down, joined.gate_up))
+    d_activated = product(cast_rows(d_out), down, d_out.dtype, fast=False)
+    d_gate_up, narrow = swiglu_backward_float8(d_activated, gate_up)
+    d_down = _weight_gradient(d_out, d_activated, dtype)
+    del d_activated
+    return product(narrow, both, d_out.dtype, fast=False), d_gate_up, d_down
 
 
 def _views(packed: Tensor, hidden: int, heads: Heads, F: int) -> _Joined:

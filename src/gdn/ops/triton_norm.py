@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from gdn.ops.triton_float8 import Float8Rows, empty_rows, row_scale
+
 # Rows a program (they set the order of sums of weights' gradients; a backward has fewer where rows are few), and warps: on an
 # H200 the best of a dozen (docs/log.md); rows in flight, of which only one has been timed.
 FORWARD_ROWS, FORWARD_WARPS = 1, 2
@@ -32,10 +34,23 @@ def norm_forward(x: Tensor, branch: Tensor | None, weight: Tensor, eps: float) -
     rows = x.numel() // D
     if rows:
         _norm_forward[(triton.cdiv(rows, FORWARD_ROWS),)](
-            x, branch, weight.contiguous(), normed, *(sums or (None, None)), rows, D, eps,
+            x, branch, weight.contiguous(), normed, None, *(sums or (None, None)), rows, D, eps,
             BLOCK=triton.next_power_of_2(D), ROWS=FORWARD_ROWS, num_warps=_warps(D, FORWARD_WARPS),
         )  # fmt: skip
     return normed, *(sums or (None, None))
+
+
+def norm_forward_float8(x: Tensor, branch: Tensor, weight: Tensor, eps: float) -> tuple[Float8Rows, Tensor]:
+    """rms_norm(x + branch) in float8, and x + branch itself; arguments as of `norm_forward`."""
+    D = x.shape[-1]
+    normed, total = empty_rows(x.shape, x.device), torch.empty_like(x)
+    rows = x.numel() // D
+    if rows:
+        _norm_forward[(triton.cdiv(rows, FORWARD_ROWS),)](
+            x, branch, weight.contiguous(), *normed, total, None, rows, D, eps,
+            BLOCK=triton.next_power_of_2(D), ROWS=FORWARD_ROWS, num_warps=_warps(D, FORWARD_WARPS),
+        )  # fmt: skip
+    return normed, total
 
 
 def norm_backward(d: Tensor, x: Tensor, weight: Tensor, eps: float, d_residual: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -112,7 +127,9 @@ def _inverse_root(x, D, eps):
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _norm_forward(x, branch, weight, normed, total, total_again, rows, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr):
+def _norm_forward(
+    x, branch, weight, normed, scales, total, total_again, rows, D, eps, BLOCK: tl.constexpr, ROWS: tl.constexpr
+):  # fmt: skip
     column = tl.arange(0, BLOCK)
     inside = column < D
     w = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
@@ -124,9 +141,14 @@ def _norm_forward(x, branch, weight, normed, total, total_again, rows, D, eps, B
             value += tl.load(branch + place, mask=mask, other=0.0).to(tl.float32)
             rounded = value.to(total.dtype.element_ty)
             tl.store(total + place, rounded, mask=mask)
-            tl.store(total_again + place, rounded, mask=mask)
+            if total_again is not None:
+                tl.store(total_again + place, rounded, mask=mask)
             value = rounded.to(tl.float32)
         value = value * _inverse_root(value, D, eps) * w
+        if scales is not None:
+            scale, inverse = row_scale(tl.max(tl.abs(value), 0))
+            tl.store(scales + first + i, scale, mask=first + i < rows)
+            value *= inverse
         tl.store(normed + place, value.to(normed.dtype.element_ty), mask=mask)
 
 

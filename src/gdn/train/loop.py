@@ -25,6 +25,7 @@ from gdn.errors import CheckpointError, ConfigError, RunError
 from gdn.eval.perplexity import heldout_loss
 from gdn.files import lock_folder, write_text
 from gdn.model.lm import GatedDeltaNetLM, init_weights
+from gdn.ops.backend import float8_refusal
 from gdn.ops.cross_entropy import IGNORED
 from gdn.train.guard import Guard, StepResult
 from gdn.train.meter import Meter, ProfilerWindow, measure_peak
@@ -226,7 +227,9 @@ def open_data(run: RunConfig) -> tuple[Loader, TokenShards | None]:
 def build_model(run: RunConfig, device: torch.device, workers: Workers = ALONE) -> GatedDeltaNetLM:
     """The recipe's model with its initial weights, float32, on `device`; among several processes, sharded over them."""
     compute = torch.bfloat16 if run.train.dtype == "bfloat16" else torch.float32
-    model = GatedDeltaNetLM(run.model, compute, run.train.recompute)
+    if run.train.float8_ffn and (refusal := _float8_refusal(run, device)):
+        raise ConfigError(f"train.float8_ffn = true: {refusal}")
+    model = GatedDeltaNetLM(run.model, compute, run.train.recompute, run.train.float8_ffn)
     init_weights(model, run.train.init, run.train.seed)
     model = model.to(device)
     if workers.mesh is not None:
@@ -234,6 +237,13 @@ def build_model(run: RunConfig, device: torch.device, workers: Workers = ALONE) 
     elif run.parallel.cast_gates:
         raise ConfigError("parallel.cast_gates = true; expected processes of torchrun, whose FSDP2 does the cast")
     return model
+
+
+def _float8_refusal(run: RunConfig, device: torch.device) -> str | None:
+    config = run.model
+    if not (config.use_gate and config.use_short_conv):
+        return "model.use_gate or model.use_short_conv is false; expected both true, for blocks that are one operator"
+    return float8_refusal(device, config.head_dim, config.head_v_dim, (config.hidden_size, config.ffn_size))
 
 
 def resume(

@@ -27,6 +27,7 @@ class TrainConfig:
     init: Init = "mamba"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products; weights are float32
     recompute: Recompute = "keys"  # what the backward computes again, to save memory; changes no bit
+    float8_ffn: bool = False  # the FFNs' products but weights' gradients, on a GPU of compute capability 8.9 or 9.0
     cuda_graph: bool = True  # one for forward and backward, where the kernels on one GPU serve; changes no bit
 
 
@@ -132,6 +133,8 @@ class RunConfig:
             raise ConfigError(f"eval.tasks_every and eval.tasks_limit = {got}; expected 0 or more, and more than 0")
         if self.eval.tasks_every and not (self.eval.tasks and self.eval.tasks_data):
             raise ConfigError("eval.tasks_every is set; expected eval.tasks and eval.tasks_data beside it")
+        if train.float8_ffn and train.dtype != "bfloat16":
+            raise ConfigError(f'train.dtype = "{train.dtype}"; expected "bfloat16" beside train.float8_ffn = true')
         window = self.log.profile_steps
         if window is not None and not 1 <= window[0] <= window[1]:
             raise ConfigError(f"log.profile_steps = {list(window)}; expected a first step of at least 1, and a last one")
