@@ -58,12 +58,12 @@ class Tile(NamedTuple):
 
 
 _FEW = Tile(16, 16, 0, 1, 4)
-# By product: up to so many rows, and beyond the last. The best of five or six at 1, 16, 64 and 256 rows (docs/log.md).
+# By product: up to so many rows, and beyond the last. The best of a dozen at 1, 16, 64 and 256 rows (docs/log.md).
 TILES: dict[str, dict[int, Tile]] = {
     "projections": {
         16: _FEW,
         32: Tile(32, 32, 128, 4, 4),
-        64: Tile(64, 32, 128, 4, 4),
+        64: Tile(64, 32, 256, 4, 4),
         128: Tile(64, 64, 128, 3, 4),
         256: Tile(128, 64, 128, 3, 8),
     },
@@ -71,7 +71,7 @@ TILES: dict[str, dict[int, Tile]] = {
     "ffn": {
         16: Tile(16, 32, 0, 1, 4),
         32: Tile(32, 64, 128, 3, 4),
-        64: Tile(64, 64, 128, 3, 4),
+        64: Tile(64, 64, 128, 5, 4),
         128: Tile(128, 64, 64, 4, 8),
         256: Tile(128, 128, 64, 4, 8),
     },
