@@ -71,7 +71,8 @@ def evaluate(folder: Path, options: Options, out: Path, device: torch.device, co
     missing = [work for work in works if found[work.name] is None]
     ours = _is_ours(folder)
     number = workers.choose_workers(options.workers, len(missing), device, ours)
-    opener, prepare = partial(_open, folder, options, device, dtype), partial(_prepare, folder, options)
+    opener = partial(_open, folder, options, device, dtype, idle=number > 1)
+    prepare = partial(_prepare, folder, options)
     config = read_config(folder) if ours else None
     with table, closing(workers.measure(missing, number, opener, prepare, table.progress, config)) as measured:
         for name, result in found.items():
@@ -173,10 +174,13 @@ class _Table:
         return table
 
 
-def _open(folder: Path, options: Options, device: torch.device, dtype: torch.dtype) -> Any:
-    """The model in `folder`: a Scorer, or of another architecture the harness's own."""
+def _open(folder: Path, options: Options, device: torch.device, dtype: torch.dtype, *, idle: bool) -> Any:
+    """The model in `folder`: a Scorer, or of another architecture the harness's own. idle: for a while nobody asks."""
     if _is_ours(folder):
-        return Scorer(load_model(folder, dtype=dtype, device=device), token_budget=options.token_budget)
+        scorer = Scorer(load_model(folder, dtype=dtype, device=device), token_budget=options.token_budget)
+        if idle:
+            scorer.warm_up()
+        return scorer
     return harness.other_model(folder, harness.load_tokenizer(folder), device, dtype, options.max_length)
 
 

@@ -158,6 +158,14 @@ class Scorer:
                 progress(start + len(batch))
         return texts
 
+    def warm_up(self) -> None:
+        """On a GPU: have the kernels compiled for contexts, their choices and texts. Nothing of it is counted."""
+        if self.device.type == "cuda":
+            counted = self.tokens_computed, self.tokens_asked
+            self.likelihoods([Request([0, 0], [0, 0])] * 2 + [Request([0], [0])])
+            self.generate([[0]] * _STREAM_ROWS, 2, ())
+            self.tokens_computed, self.tokens_asked = counted
+
     def _check(self, sequences: Sequence[Sequence[int]]) -> None:
         vocab = self.config.vocab_size
         for ids in sequences:
