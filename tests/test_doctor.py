@@ -154,10 +154,10 @@ def on_gpu(
     monkeypatch.setattr(importlib.metadata, "packages_distributions", lambda: {"triton": ["triton"]} if version else {})
     monkeypatch.setattr(importlib.metadata, "version", lambda name: version)
     monkeypatch.setattr(doctor_kernels, "triton_refusal", lambda *_: backend)
-    kernels = lambda device, K, V, dtype: [Check("kernels", True, f"{device} {K} {dtype}")]  # noqa: E731
-    monkeypatch.setattr(doctor_kernels, "kernels", kernels)
-    monkeypatch.setattr(doctor_kernels, "ProcessPoolExecutor", lambda workers, context: ThreadPoolExecutor(workers))
-    monkeypatch.setattr(doctor_kernels, "_long_errors", lambda case, dtype: {"o": 0.0})
+    for layout in ("batches", "packed", "long_sequence"):
+        one = lambda device, K, V, dtype, layout=layout: [Check(layout, True, f"{device} {K} {V} {dtype}")]  # noqa: E731
+        monkeypatch.setattr(doctor_kernels, layout, one)
+    monkeypatch.setattr(doctor_kernels, "ProcessPoolExecutor", lambda workers, *_: ThreadPoolExecutor(workers))
     return list(doctor_kernels.kernels_on_gpu())
 
 
@@ -168,19 +168,31 @@ def test_a_refused_pair_fails_and_no_kernel_is_run(monkeypatch: pytest.MonkeyPat
 
 
 def test_kernels_are_run_where_nothing_refuses_them(monkeypatch: pytest.MonkeyPatch) -> None:
-    pair, *kernels, long = on_gpu(monkeypatch, (9, 0), "3.6.0")
-    assert pair == Check("triton", True, "3.6.0 on compute capability 9.0") and long.ok
-    sizes, dtypes = doctor_kernels.SIZES, doctor_kernels.TOLERANCE
-    assert [check.detail for check in kernels] == [f"cuda {K} {dtype}" for dtype in dtypes for K, V in sizes]
+    pair, parts, *checks = on_gpu(monkeypatch, (9, 0), "3.6.0")
+    assert pair == Check("triton", True, "3.6.0 on compute capability 9.0")
+    wanted = [
+        Check(layout, True, f"cuda {K} {V} {dtype}")
+        for dtype in doctor_kernels.TOLERANCE
+        for K, V in doctor_kernels.SIZES
+        for layout in ("batches", "packed")
+    ]
+    wanted += [Check("long_sequence", True, f"cuda 64 64 {dtype}") for dtype in doctor_kernels.TOLERANCE]
+    assert sorted(checks) == sorted(wanted) and parts.detail.startswith(f"{len(wanted)} parts in ")
+
+
+def test_what_compiles_longest_begins_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor_kernels, "as_completed", list)  # in the order they were submitted
+    _, _, first, second, *_ = on_gpu(monkeypatch, (9, 0), "3.6.0")
+    assert [first, second] == [Check(layout, True, "cuda 256 256 torch.float32") for layout in ("batches", "packed")]
 
 
 def test_a_process_that_dies_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) -> None:
     def dies(*_: Any) -> Any:
         raise BrokenProcessPool
 
-    monkeypatch.setattr(ThreadPoolExecutor, "map", dies)
-    _, died, long = on_gpu(monkeypatch, (9, 0), "3.6.0")
-    assert died.ok is False and "died" in died.detail and long.ok
+    monkeypatch.setattr(ThreadPoolExecutor, "submit", dies)
+    _, _, died = on_gpu(monkeypatch, (9, 0), "3.6.0")
+    assert died.ok is False and "died" in died.detail
 
 
 def test_no_triton_and_a_refusing_backend_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,7 +229,8 @@ def broken(module, name, *fields):
 def verdict(errors):
     return doctor_kernels._verdict("broken", errors, (torch.float32,))
 
-found = {"right": doctor_kernels.kernels("cpu", 64, 32, torch.float32), "broken": []}
+found = {"right": [*doctor_kernels.batches("cpu", 64, 32, torch.float32), *doctor_kernels.packed("cpu", 64, 32, torch.float32)]}
+found["broken"] = []
 for name, field in [("forward", "o"), ("forward", "final_state")] + [
     ("backward", field) for field in ("dq", "dk", "dv", "dg", "dbeta", "d_initial_state")
 ]:

@@ -28,7 +28,7 @@ _CLEARLY_SLOWER = 3.0
 
 
 def examine() -> Iterator[Check]:
-    """All checks, in the order to be shown, each as soon as it is known. On a GPU the first run compiles: some minutes."""
+    """All checks, each as soon as it is known. On a GPU the first run compiles: a minute or two of many cores."""
     yield from machine()
     yield from packages()
     for device in ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:

@@ -5,9 +5,8 @@ Every result is compared with the recurrence, in float64 on the CPU, from the sa
 
 import importlib.metadata
 import multiprocessing
-import os
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from functools import partial
@@ -25,12 +24,14 @@ from gdn.ops import (
     gated_delta_rule_with_state,
 )
 from gdn.ops.backend import Backend, choose_backend, pair_refusal, triton_refusal
+from gdn.ops.cpu import usable_cores
 from gdn.ops.reference import gated_delta_rule_reference
 
 # Relative 2-norm of the error of outputs, states and gradients alike.
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
+_LONGEST_FIRST = (torch.float32, torch.bfloat16, torch.float16)  # to compile
 KEY_DIMS = (32, 64, 128, 256)  # of the PyTorch form; its values have the same size
-SIZES = ((128, 96), (64, 64), (128, 128), (256, 256))  # K, V of the kernels; the last is the models'
+SIZES = ((256, 256), (128, 128), (128, 96), (64, 64))  # K, V of the kernels; the first is the models' and compiles longest
 TOKENS = 64 + 5  # a whole chunk, and a rest that the state is carried to
 PACKED = (66, 0, 1, 2)  # tokens of each packed sequence
 LONG = 16384  # tokens of the shortest training sequence that is computed in segments
@@ -88,9 +89,10 @@ def rule(device: str) -> Iterator[Check]:
 
 
 def kernels_on_gpu() -> Iterator[Check]:
-    """All of `kernels` and a long sequence, if Triton is here and not refused on this GPU.
+    """All of `batches` and `packed`, and long sequences, if Triton is here and not refused on this GPU; as they end.
 
-    Compiling takes minutes, once, float32 the longest: each size and dtype is a task of a process for every core.
+    The first time nearly all of it is compiling, on one core: so each size, dtype and layout, whose kernels are its own, is a
+    task, and the longest begin first.
     """
     device = torch.device("cuda")
     versions = [importlib.metadata.version(name) for name in importlib.metadata.packages_distributions().get("triton", ())]
@@ -104,30 +106,48 @@ def kernels_on_gpu() -> Iterator[Check]:
     if refusal:
         yield Check("triton, kernels", None, f"not run: {refusal}")
         return
-    tasks = [(K, V, dtype) for dtype in TOLERANCE for K, V in SIZES]
-    workers = min(len(tasks), os.cpu_count() or 1)
-    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    tasks = [partial(layout, "cuda", K, V, dtype) for dtype in _LONGEST_FIRST for K, V in SIZES for layout in (batches, packed)]
+    tasks += [partial(long_sequence, "cuda", 64, 64, dtype) for dtype in _LONGEST_FIRST]
+    workers = min(len(tasks), usable_cores(physical=False))
+    yield Check("triton, kernels", None, f"{len(tasks)} parts in {workers} processes, which compile what is not yet compiled")
+    # Threads of many processes would wait for each other in the references, tiny operations, and keep the compilers waiting.
+    with ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), torch.set_num_threads, (1,)) as pool:
         try:
-            for checks in pool.map(partial(kernels, "cuda"), *zip(*tasks)):
-                yield from checks
+            for part in as_completed([pool.submit(task) for task in tasks]):
+                yield from part.result()
         except BrokenProcessPool:  # a crash in a compiler or driver takes its process with it
             yield Check("triton, kernels", False, "a process that examined them died; no other was waited for")
-    yield _verdict(f"triton, cuda, rule, T = {LONG}", partial(_long_errors, Case("cuda", 64, 64)), tuple(TOLERANCE))
 
 
-def kernels(device: str, K: int, V: int, dtype: torch.dtype) -> list[Check]:
-    """Every Triton kernel at this size: outputs, states, all gradients, steps; packed sequences; which bits must be equal."""
-    name, case, packed = f"triton, {device}, {_short(dtype)}, K = {K}, V = {V}", Case(device, K, V), Case(device, K, V, PACKED)
-    dtypes = (dtype,)
+def batches(device: str, K: int, V: int, dtype: torch.dtype) -> list[Check]:
+    """Every Triton kernel at this size, of a batch: outputs, states, all gradients, steps; which bits must be equal."""
+    name, case, dtypes = _kernels(device, K, V, dtype), Case(device, K, V), (dtype,)
     return [
         _verdict(f"{name}, rule", partial(_rule_errors, case, "triton"), dtypes),
         _verdict(f"{name}, convolution and rule", partial(_conv_errors, case), dtypes),
         _verdict(f"{name}, steps", partial(_both_step_errors, case), dtypes),
-        _verdict(f"{name}, packed, rule", partial(_rule_errors, packed, "triton"), dtypes),
-        _verdict(f"{name}, packed, convolution and rule", partial(_conv_state_errors, packed), dtypes),
         _same_bits(f"{name}, same bits twice", partial(_repeated, case, dtype)),
         _same_bits(f"{name}, rows of a batch = alone", partial(_rows, case._replace(B=2), dtype)),
     ]
+
+
+def packed(device: str, K: int, V: int, dtype: torch.dtype) -> list[Check]:
+    """The same of packed sequences, with states and a bias, but for steps and bits."""
+    name, case, dtypes = _kernels(device, K, V, dtype), Case(device, K, V, PACKED), (dtype,)
+    return [
+        _verdict(f"{name}, packed, rule", partial(_rule_errors, case, "triton"), dtypes),
+        _verdict(f"{name}, packed, convolution and rule", partial(_conv_state_errors, case), dtypes),
+    ]
+
+
+def long_sequence(device: str, K: int, V: int, dtype: torch.dtype) -> list[Check]:
+    """The rule on a sequence that is computed in segments."""
+    name, case = _kernels(device, K, V, dtype), Case(device, K, V)
+    return [_verdict(f"{name}, rule, T = {LONG}", partial(_long_errors, case), (dtype,))]
+
+
+def _kernels(device: str, K: int, V: int, dtype: torch.dtype) -> str:
+    return f"triton, {device}, {_short(dtype)}, K = {K}, V = {V}"
 
 
 Errors = dict[str, float]

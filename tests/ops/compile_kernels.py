@@ -56,7 +56,7 @@ def signature(kernel: Any, values: dict[str, Any], constants: dict[str, Any]) ->
             types[name], constant[(place,)] = "constexpr", value
             continue
         types[name] = value
-        if value.startswith("*") or value == "i32":
+        if value.startswith("*") or (value == "i32" and not kernel.params[place].do_not_specialize):
             divisible[(place,)] = [["tt.divisibility", 16]]
     return types, constant, divisible
 
@@ -66,7 +66,7 @@ def compiled(arch: int, kernel: Any, values: dict[str, Any], constants: dict[str
     target = GPUTarget("cuda", arch, 32)
     translate_where_all_numbers_are_1(target, kernel, values, constants, options)
     result = compile(source, target=target, options=options)
-    report = {"kernel": kernel.__name__, "shared": result.metadata.shared}
+    report = {"kernel": kernel.__name__, "shared": result.metadata.shared, "lines": result.asm["ptx"].count("\n")}
     if kernel.is_gluon():
         with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
             Path(file.name).write_text(result.asm["ptx"])
@@ -94,12 +94,12 @@ def tile(*block: int, dtype: str = "bf16") -> str:
     return f"tensordesc<{dtype}{list(block)},{gl.NVMMASharedLayout(0, 32, 2) if dtype == 'fp32' else layout!r}>"
 
 
-def rule_kernels(arch: int, K: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
-    x, narrow, V, BK = "*" + NAMES[dtype], dtype != torch.float32, K, min(K, 128)
+def rule_kernels(arch: int, K: int, V: int, dtype: torch.dtype) -> Iterator[dict[str, Any]]:
+    x, narrow, BK = "*" + NAMES[dtype], dtype != torch.float32, min(K, 128)
     precision = "tf32" if narrow else "ieee"
     table = {
-        kernel: triton_configs.choose(kernel, narrow, K, SHARED[arch] * 1024)
-        for kernel in ("intra", "states", "d_states", "gradients")
+        kernel: triton_configs.choose(kernel, narrow, K if kernel == "intra" else V, SHARED[arch] * 1024)
+        for kernel in ("intra", "states", "d_states", "d_initial", "gradients")
     }
     arrays = dict.fromkeys(("q", "k", "v", "A", "P", "o", "X", "states", "do", "dv", "d_states", "dq", "dk"), x)
     values = arrays | dict.fromkeys(("g", "beta", "gates", "partial", "dg", "dbeta"), "*fp32")
@@ -116,9 +116,12 @@ def rule_kernels(arch: int, K: int, dtype: torch.dtype) -> Iterator[dict[str, An
         yield compiled(arch, triton_forward._states, saved, wide | {"BV": table["states"].block}, **table["states"].launch())
     config = table["d_states"]
     yield compiled(arch, triton_backward._d_states, values, wide | {"BV": config.block}, **config.launch())
-    yield compiled(arch, triton_backward._d_initial, values | {"d_initial": "*fp32"}, wide | {"BK": 64, "BV": 32}, num_warps=4)
+    config = table["d_initial"]
+    ends = values | {"d_initial": "*fp32"}
+    yield compiled(arch, triton_backward._d_initial, ends, wide | {"BK": 64, "BV": config.block}, **config.launch())
     config = table["gradients"]
-    yield compiled(arch, triton_backward._gradients, values, wide | {"BV": config.block}, **config.launch())
+    tile = {"BK": BK if narrow else 64, "BV": config.block}
+    yield compiled(arch, triton_backward._gradients, values, wide | tile, **config.launch())
 
 
 def other_kernels(arch: int, K: int) -> Iterator[dict[str, Any]]:
@@ -289,15 +292,17 @@ def main() -> None:
                 take(K, dtype, hopper_kernels(K, dtype))
         if K == 256 and arch >= 89:
             take(K, torch.bfloat16, float8_kernels(arch))
-        if arch == 90 and not every:
-            continue  # compiling the others for it takes a minute
-        take(K, torch.bfloat16, rule_kernels(arch, K, torch.bfloat16))
+        if arch == 90 and not every:  # compiling the others for it takes a minute
+            if K == 256:
+                take(K, torch.float32, rule_kernels(arch, K, K, torch.float32))
+            continue
+        take(K, torch.bfloat16, rule_kernels(arch, K, K, torch.bfloat16))
         take(K, torch.bfloat16, other_kernels(arch, K))
         if K == 256:
             take(K, torch.bfloat16, decoding_kernels(arch))
             take(K, torch.bfloat16, training_kernels(arch))
         if every and (K < 256 or SHARED[arch] >= triton_configs.WIDE_KIB):
-            take(K, torch.float32, rule_kernels(arch, K, torch.float32))
+            take(K, torch.float32, rule_kernels(arch, K, K, torch.float32))
     sys.stdout.write(json.dumps(found) + "\n")
 
 

@@ -25,6 +25,8 @@ KERNELS += Counter(_norm_forward=1, _norm_backward=1, _gated_norm_forward=1, _ga
 KERNELS += Counter(_swiglu_forward=1, _swiglu_backward=1, _cross_entropy=1, _row_scores=1)
 HOPPER = Counter(_states=10, _gradients=2)  # K=V=128, where a short loop unrolls and registers run out first, and 256
 FLOAT8 = Counter(_cast_rows=3, _norm_forward=1, _swiglu_forward_float8=1, _swiglu_backward_float8=1)  # from 8.9 on
+WIDE = Counter(_intra=1, _states=2, _d_states=1, _d_initial=1, _gradients=1)  # float32
+WIDE_LINES = 6000  # of PTX, where each float32 product of a thread is one: 18,000 took half a minute to compile
 
 
 def compile_for(arch: int, folder: Path, *options: str) -> list[dict[str, Any]]:
@@ -58,9 +60,16 @@ def test_kernels_fit_the_shared_memory_of_small_gpus(compiling: dict[int, "Futur
 
 
 def test_hoppers_own_kernels_fit_and_their_products_overlap(compiling: dict[int, "Future[list[dict[str, Any]]]"]) -> None:
-    reports = compiling[90].result()
+    reports = [report for report in compiling[90].result() if report["dtype"] != "fp32"]
     assert Counter(report["kernel"] for report in reports) == HOPPER + FLOAT8
     assert sum("serialised" in report for report in reports) == HOPPER.total()
+    check(90, reports)
+
+
+def test_float32_kernels_are_short_enough_to_compile(compiling: dict[int, "Future[list[dict[str, Any]]]"]) -> None:
+    reports = [report for report in compiling[90].result() if report["dtype"] == "fp32"]
+    assert Counter(report["kernel"] for report in reports) == WIDE
+    assert max(report["lines"] for report in reports) <= WIDE_LINES
     check(90, reports)
 
 
@@ -74,9 +83,9 @@ def test_kernels_of_every_size_fit_the_shared_memory(arch: int, tmp_path: Path) 
 @pytest.mark.parametrize("narrow", [True, False])
 def test_blocks_divide_what_they_cut(narrow: bool, shared_memory: int) -> None:
     for V in range(32, 513, 32):
-        for kernel in ("states", "d_states", "gradients"):
+        for kernel in ("states", "d_states", "d_initial", "gradients"):
             config = choose(kernel, narrow, V, shared_memory)
-            assert V % config.block == 0 and config.block >= 16 and config.num_warps in (4, 8)
+            assert V % config.block == 0 and config.block >= 16 and config.num_warps in ((4, 8) if narrow else (16,))
     for K in (64, 128, 256):
         assert K % choose("intra", narrow, K, shared_memory).block == 0
 

@@ -55,7 +55,7 @@ def backward(
     (B, T, H, K), (HV, V) = q.shape, X.shape[2:]
     dv, d_states = torch.empty_like(X), torch.empty_like(states)
     d_initial = X.new_empty(chunks.sequences, HV, K, V, dtype=torch.float32) if with_initial_state else None
-    BK = min(K, 128)
+    BK = min(K, 64 if X.dtype == torch.float32 else 128)  # float32: see `triton_configs`, why small
     dq, dk = (q.new_empty(B, T, HV, K) for _ in "qk")
     segments = segments_of(T, chunks.cu_seqlens is not None)
     if segments.parts == 1:
@@ -118,9 +118,10 @@ def carry_back(
             chunks.per_row, **sizes, BK=min(K, 128), BV=config.block, **config.launch(),
         )  # fmt: skip
     if d_initial is not None:
-        _d_initial[(chunks.sequences * HV * (V // 32),)](
+        config = configuration("d_initial", q, V)
+        _d_initial[(chunks.sequences * HV * (V // config.block),)](
             q, k, *intra, do, d_initial, chunks.cu_seqlens, chunks.first, scale, T, chunks.per_row,
-            **sizes, BK=64, BV=32, num_warps=4,
+            **sizes, BK=64, BV=config.block, **config.launch(),
         )  # fmt: skip
 
 
@@ -259,7 +260,7 @@ def _d_initial(
 LEAST_BETA = tl.constexpr(2.0**-24)  # beside terms of order 1 less than float32 holds
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # a batch of one would be compiled apart
 def _gradients(
     q, k, gates, X, states, do, dv, d_states, dq, dk, partial,
     cu_seqlens, first, sequence, scale, T, per_row, N, count,
@@ -339,7 +340,7 @@ def _gradients(
     tl.store(dk + out, (beta[:, None] * wrote + within + erased + direct * qf).to(dtype), mask=valid[:, None])
 
 
-@triton.jit(do_not_specialize=["count"])  # one chunk of one head would make it a constant, which has no dtype
+@triton.jit(do_not_specialize=["N", "count"])  # N as above; one chunk of one head would make count a constant, without a dtype
 def _finish(
     partial, gates, dg, dbeta, cu_seqlens, first, sequence, T, per_row, N, count, HV: tl.constexpr, PARTS: tl.constexpr
 ):  # fmt: skip

@@ -12,7 +12,7 @@ KIB = 1024
 
 
 class Config(NamedTuple):
-    block: int  # intra: keys a loop step; states, d_states: values a program; gradients: values a loop step
+    block: int  # intra: keys a loop step; states, d_states, d_initial: values a program; gradients: values a loop step
     num_warps: int
     num_stages: int
     registers: int | None = None  # a thread at most
@@ -31,13 +31,33 @@ _NARROW = {
         "intra": Config(64, 4, 3, registers=128),
         "states": Config(128, 8, 2),
         "d_states": Config(128, 8, 2),
+        "d_initial": Config(32, 4, 3),
         "gradients": Config(64, 8, 3),
     },
-    163: {"intra": Config(64, 4, 3), "states": Config(64, 8, 2), "d_states": Config(64, 8, 2), "gradients": Config(64, 8, 3)},
-    99: {"intra": Config(64, 4, 2), "states": Config(64, 8, 1), "d_states": Config(64, 8, 1), "gradients": Config(64, 8, 2)},
+    163: {
+        "intra": Config(64, 4, 3),
+        "states": Config(64, 8, 2),
+        "d_states": Config(64, 8, 2),
+        "d_initial": Config(32, 4, 3),
+        "gradients": Config(64, 8, 3),
+    },
+    99: {
+        "intra": Config(64, 4, 2),
+        "states": Config(64, 8, 1),
+        "d_states": Config(64, 8, 1),
+        "d_initial": Config(32, 4, 3),
+        "gradients": Config(64, 8, 2),
+    },
 }
-# Float32 is multiplied outside the tensor cores, from registers: small tiles. For checks and small models, not for speed.
-_WIDE = {"intra": Config(64, 8, 1), "states": Config(16, 8, 1), "d_states": Config(16, 8, 1), "gradients": Config(16, 8, 1)}
+# Float32 is multiplied outside the tensor cores, from registers, and each product of a thread is an instruction to compile:
+# small tiles, many threads. For checks and small models, not for speed.
+_WIDE = {
+    "intra": Config(32, 16, 1),
+    "states": Config(16, 16, 1),
+    "d_states": Config(16, 16, 1),
+    "d_initial": Config(16, 16, 1),
+    "gradients": Config(16, 16, 1),
+}
 WIDE_KIB = 152  # what float32 keys of 256 need
 
 

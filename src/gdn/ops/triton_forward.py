@@ -198,7 +198,7 @@ def sequence_at(n, cu_seqlens, first, T, per_row):
     return begin, length, c0
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["N"])  # a batch of one would be compiled apart
 def _intra(
     q, k, g, beta, A, P, gates, cu_seqlens, first, sequence, scale, T, per_row, N,
     H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, BK: tl.constexpr, MIN_G: tl.constexpr,
@@ -251,15 +251,25 @@ def _intra(
     lower = tl.where(i > j, kk * decay, 0.0)
     inverse = tl.where(i == j, 1.0, 0.0) - tl.where(apart < 2, lower, 0.0)
     lower = lower.to(narrow)
-    for level in tl.static_range(1, 6):
-        rounded = inverse.to(narrow)
-        product = tl.dot(rounded, lower, input_precision="ieee")
-        between = tl.where(apart >> level == 1, product, 0.0).to(narrow)
-        inverse -= tl.dot(between, rounded, input_precision="ieee")
-    if dtype == tl.float32:  # one step of refinement, for digits that 16-bit results have no place for
+    if dtype == tl.float32:
+        for level in tl.range(1, 6):  # not unrolled: its products would be most of what there is to compile
+            inverse = _doubled(inverse, lower, apart, level)
+        # One step of refinement, for digits that 16-bit results have no place for.
         residual = tl.where(i == j, 1.0, 0.0) - inverse - tl.dot(lower, inverse, input_precision="ieee")
         inverse += tl.dot(inverse, residual, input_precision="ieee")
+    else:
+        for level in tl.static_range(1, 6):
+            inverse = _doubled(inverse, lower, apart, level)
     tl.store(A + square, inverse.to(dtype))
+
+
+@triton.jit
+def _doubled(inverse, lower, apart, level):
+    """The inverse, right on diagonal blocks of 2^level tokens, made right on those twice as large."""
+    rounded = inverse.to(lower.dtype)
+    product = tl.dot(rounded, lower, input_precision="ieee")
+    between = tl.where(apart >> level == 1, product, 0.0).to(lower.dtype)
+    return inverse - tl.dot(between, rounded, input_precision="ieee")
 
 
 @triton.jit

@@ -97,6 +97,8 @@ def tile_for(product: str, rows: int, segments: int, size: int, itemsize: int, g
             tile = tile._replace(split=True)
         else:
             tile = _SMALLEST._replace(split=tile.split)
+    if itemsize == 4 and not tile.columns:  # each product of a thread is an instruction to compile: a fourth, and none spilled
+        tile = tile._replace(num_warps=16)
     return tile
 
 
