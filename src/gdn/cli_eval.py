@@ -40,9 +40,8 @@ def add_eval(commands: "argparse._SubParsersAction[Any]") -> None:
     add.add_argument(
         "--workers",
         type=int,
-        default=1,
         metavar="N",
-        help="processes that share the tasks, beside the one with the model (default: 1)",
+        help="processes that share the tasks, beside the one with the model (default: on CUDA by cores, at most 8; else 1)",
     )
     add.add_argument("--out", type=Path, help="folder of results (default: CKPT/eval, or eval/NAME of a hub id)")
     add.add_argument("--device", default="auto", help="auto, cpu, cuda or mps (default: %(default)s)")

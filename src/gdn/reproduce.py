@@ -106,7 +106,7 @@ def reproduce(
         from gdn.evaluate import Options as EvalOptions
         from gdn.evaluate import evaluate
 
-        wanted = EvalOptions(data, options.tasks, limit=options.limit)
+        wanted = EvalOptions(data, options.tasks, limit=options.limit, workers=None)
         results = evaluate(outcome.checkpoint, wanted, out / "eval", device, console)
     verdict = _conclude(run, options, out, outcome, results, device, console) if first else ""
     return Result(None, verdict.startswith("Outside"))

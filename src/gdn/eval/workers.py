@@ -42,7 +42,7 @@ _SECONDS = {"hellaswag": 18.6, "arc_easy": 4.2, "lambada_openai": 3.2, "boolq": 
 _SECONDS |= {"arc_challenge": 2.3, "sciq": 1.9, "winogrande": 0.8, "copa": 0.3}
 _RULER_SECONDS = 6.3 / 2048  # a token of its prompts' length
 _UNKNOWN_SECONDS = 10.0
-_MOST = 8  # the longest task takes a quarter of the table's time; not measured
+_MOST = 8  # what was measured (docs/log.md): the longest task takes a quarter of the table's time
 
 
 def choose_workers(asked: int | None, tasks: int, device: torch.device, ours: bool) -> int:
