@@ -1,14 +1,16 @@
 # `make quickstart` and `make test` each set up .venv from pinned versions and do the rest.
 PYTHON ?= python3
 BIN := .venv/bin
+WORKERS ?= 2
 
 .PHONY: quickstart test check soak clean
 
 quickstart: .venv/installed
 	$(BIN)/gdn quickstart
 
+# Processes of the tests, a file each at a time: make test WORKERS=8.
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .
