@@ -1,6 +1,7 @@
 """Loss of the published model with its FFNs in float8 beside bf16: the same weights, batches and schedule; and what each takes.
 
-python benchmarks/float8_loss.py SHARDS [--arm both|bf16|float8] [--steps 300] [--recipe FILE] [--output FOLDER] [a.b=value ...]
+python benchmarks/float8_loss.py SHARDS [--arm both|bf16|float8] [--name OTHER] [--steps 300] [--recipe FILE] [--output FOLDER]
+                                 [a.b=value ...]
 python benchmarks/float8_loss.py --compare BF16.json FLOAT8.json
 python benchmarks/float8_loss.py --kernels
 
@@ -134,9 +135,7 @@ def kernels() -> None:
     for name, (a, b) in matrices.items():
         left, right = cast_rows(a), cast_rows(b.contiguous())
         table[f"{name}, bf16"] = lambda a=a, b=b: a @ b.t()  # type: ignore[misc]
-        for fast in (True, False):
-            key = f"{name}, float8{', fast sums' if fast else ''}"
-            table[key] = lambda p=left, q=right, fast=fast: product(p, q, torch.bfloat16, fast=fast)  # type: ignore[misc]
+        table[f"{name}, float8"] = lambda p=left, q=right: product(p, q, torch.bfloat16)  # type: ignore[misc]
     for name, result in time_each(table).items():
         print(f"{name:32} {1e3 * result['ms']:8.1f} us" if "ms" in result else f"{name}: {result}", flush=True)
     for warps in (4, 8, 16):

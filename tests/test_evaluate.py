@@ -46,6 +46,23 @@ def run(*arguments: object) -> int:
     return main(["--quiet", "eval", *map(str, arguments)])
 
 
+def test_the_command_lets_the_number_of_processes_be_chosen_and_warms_up_where_there_are_several(
+    checkpoint: Path, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int | None] = []
+    warmed: list[bool] = []
+
+    def choose(workers: int | None, *_: object) -> int:
+        asked.append(workers)
+        return len(asked)
+
+    monkeypatch.setattr("gdn.eval.workers.choose_workers", choose)
+    monkeypatch.setattr("gdn.eval.scoring.Scorer.warm_up", lambda self, texts: warmed.append(texts))
+    for number in range(2):
+        assert run(checkpoint, "--data", data, "--tasks", "copa,sciq", "--limit", 1, "--out", tmp_path / str(number)) == 0
+    assert asked == [None, None] and warmed == [False]
+
+
 def test_the_table_is_printed_and_kept(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -105,6 +105,8 @@ def test_one_command_that_goes_on_to_a_verdict_per_cell(
     place: Place, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     measure = ["--tasks", "copa,boolq,wikitext_harness", "--data", place.data, "--limit", 2]
+    asked: list[int | None] = []
+    monkeypatch.setattr("gdn.eval.workers.choose_workers", lambda workers, *_: asked.append(workers) or 1)
     assert place.run(*measure, "--only-data") == 0
     assert not (place.out / "run").exists() and (place.out / "shards" / "manifest.json").exists()
     written = (place.out / "shards" / "manifest.json").stat().st_mtime_ns

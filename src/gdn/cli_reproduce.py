@@ -68,6 +68,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         max_tokens=args.max_tokens or tokens,
         workers=args.workers,
         tasks=names,
+        eval_workers=None,
         data=args.data,
         limit=args.limit,
         band=args.band or band,

@@ -71,7 +71,8 @@ def evaluate(folder: Path, options: Options, out: Path, device: torch.device, co
     missing = [work for work in works if found[work.name] is None]
     ours = _is_ours(folder)
     number = workers.choose_workers(options.workers, len(missing), device, ours)
-    opener = partial(_open, folder, options, device, dtype, idle=number > 1)
+    early = missing if number > 1 else []  # the model is there before the first ask of it
+    opener = partial(_open, folder, options, device, dtype, early)
     prepare = partial(_prepare, folder, options)
     config = read_config(folder) if ours else None
     with table, closing(workers.measure(missing, number, opener, prepare, table.progress, config)) as measured:
@@ -174,12 +175,12 @@ class _Table:
         return table
 
 
-def _open(folder: Path, options: Options, device: torch.device, dtype: torch.dtype, *, idle: bool) -> Any:
-    """The model in `folder`: a Scorer, or of another architecture the harness's own. idle: for a while nobody asks."""
+def _open(folder: Path, options: Options, device: torch.device, dtype: torch.dtype, early: Sequence[harness.Work]) -> Any:
+    """The model in `folder`: a Scorer, or of another architecture the harness's own. early: what it may warm up for."""
     if _is_ours(folder):
         scorer = Scorer(load_model(folder, dtype=dtype, device=device), token_budget=options.token_budget)
-        if idle:
-            scorer.warm_up()
+        if early:
+            scorer.warm_up(texts=any(work.length for work in early))
         return scorer
     return harness.other_model(folder, harness.load_tokenizer(folder), device, dtype, options.max_length)
 

@@ -68,6 +68,7 @@ class Options:
     max_tokens: int | None = None  # of training text; None: so many that no token is read twice
     workers: int = 1
     tasks: tuple[str, ...] = ("card",)  # none: no evaluation beside held-out text
+    eval_workers: int | None = 1  # as `gdn.evaluate.Options` has them
     data: Path | None = None  # of the tasks' documents
     limit: int | None = None
     band: Path | None = None  # of recorded runs, which the loss is held against
@@ -106,7 +107,7 @@ def reproduce(
         from gdn.evaluate import Options as EvalOptions
         from gdn.evaluate import evaluate
 
-        wanted = EvalOptions(data, options.tasks, limit=options.limit, workers=None)
+        wanted = EvalOptions(data, options.tasks, limit=options.limit, workers=options.eval_workers)
         results = evaluate(outcome.checkpoint, wanted, out / "eval", device, console)
     verdict = _conclude(run, options, out, outcome, results, device, console) if first else ""
     return Result(None, verdict.startswith("Outside"))

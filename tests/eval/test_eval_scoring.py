@@ -2,9 +2,11 @@
 
 import gc
 import random
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from gdn.errors import CheckpointError, ConfigError
 from gdn.eval import scoring
@@ -13,7 +15,8 @@ from gdn.eval.scoring import Scorer
 from gdn.generation.batch import ReaderStream
 from gdn.generation.engine import reader
 from gdn.model.config import ModelConfig
-from gdn.model.lm import GatedDeltaNetLM, init_weights
+from gdn.model.lm import Backbone, GatedDeltaNetLM, init_weights
+from gdn.model.mixer import LayerState
 
 VOCAB = 61
 
@@ -158,18 +161,59 @@ def test_what_cannot_be_scored_is_named(model: GatedDeltaNetLM) -> None:
         Scorer(broken).likelihoods([Request([1], [2])])
     with pytest.raises(CheckpointError, match="nan"):
         Scorer(broken).generate([[1]], 1, ())
+    with torch.no_grad():
+        broken.model.norm.weight[3] = 1.0
+        broken.lm_head.weight[5] = 3e38  # whose logit overflows
+    with pytest.raises(CheckpointError, match="infinite"):
+        Scorer(broken).likelihoods([Request([1], [2])])
+    with pytest.raises(CheckpointError, match="infinite"):
+        Scorer(broken).generate([[1]], 1, ())
+
+
+def test_a_model_in_float64_is_scored(model: GatedDeltaNetLM, requests: list[Request]) -> None:
+    wide = GatedDeltaNetLM(model.config)
+    wide.load_state_dict(model.state_dict())
+    for exact, score in zip(Scorer(wide.double()).likelihoods(requests), Scorer(model).likelihoods(requests)):
+        assert score.total == pytest.approx(exact.total, rel=1e-5, abs=1e-5)
+
+
+def test_passes_are_whole_units_and_copies_of_states_bounded(
+    model: GatedDeltaNetLM, requests: list[Request], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, own = Backbone.forward, LayerState.own
+    tokens, copied = [], [0]
+
+    def noting(self: Backbone, x: Tensor, *arguments: Any) -> Tensor:
+        tokens.append(x.numel())
+        return read(self, x, *arguments)
+
+    def counting(self: LayerState) -> LayerState:
+        copied.append(0 if self.rows is None else len(self.rows))
+        return own(self)
+
+    monkeypatch.setattr(Backbone, "forward", noting)
+    monkeypatch.setattr(LayerState, "own", counting)
+    scorer = Scorer(model, token_budget=256, state_bytes=5 * model.new_state(1).nbytes)
+    scorer.likelihoods(requests)
+    assert any(count % 64 for count in tokens) and max(copied) == 5
+    tokens.clear()
+    scorer.unit = 64  # as on a GPU
+    scorer.likelihoods(requests)
+    assert tokens and not any(count % 64 for count in tokens)
 
 
 @pytest.mark.gpu
-def test_scores_are_the_same_bits_in_any_order_and_company(requests: list[Request]) -> None:
-    config = ModelConfig(vocab_size=VOCAB, hidden_size=256, num_hidden_layers=2, num_heads=2, head_dim=128, expand_v=1.0)
+@pytest.mark.parametrize("gated", [True, False], ids=["one operator a block", "modules"])
+def test_scores_are_the_same_bits_in_any_order_and_company(requests: list[Request], gated: bool) -> None:
+    sizes = {"hidden_size": 256, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 128}
+    config = ModelConfig(vocab_size=VOCAB, expand_v=1.0, use_gate=gated, **sizes)
     model = GatedDeltaNetLM(config)
     init_weights(model, "mamba", 0)
     model = model.cuda().bfloat16()
     many = requests * 3
     first = Scorer(model, token_budget=2048)
-    first.warm_up()
-    assert (first.tokens_computed, first.tokens_asked) == (0, 0)
+    first.warm_up(texts=True)
+    assert (first.tokens_computed, first.tokens_asked, first.fused) == (0, 0, gated)
     wanted = first.likelihoods(many)
     for seed in range(3):
         order = list(range(len(many)))

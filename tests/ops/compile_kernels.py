@@ -110,6 +110,7 @@ def rule_kernels(arch: int, K: int, V: int, dtype: torch.dtype) -> Iterator[dict
         arch, triton_forward._intra, values, sizes | {"BK": table["intra"].block, "MIN_G": -104.0}, **table["intra"].launch()
     )
     forms = [values, values | {"X": None, "states": None, "final_state": "*fp32"}]
+    forms.append(forms[1] | {"final_state": None, "initial_state": "*fp32", "initial_rows": "*i64"})
     if narrow:  # whose forward has a product more in float16
         forms.append(values | dict.fromkeys(arrays, "*fp16"))
     for saved in forms:

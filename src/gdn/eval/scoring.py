@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations and greedy continuations, many at a time: ids in, numbers and ids out; no text, no harness.
 
 What is read twice is computed once: requests with the same context share one prefill, from whose state each of them goes on.
-Work is packed by tokens, sequences end to end with no padding, so that a score does not depend on what else is asked for.
+Work is packed by tokens, sequences end to end, so that a score does not depend on what else is asked for.
 """
 
 import gc
@@ -21,11 +21,10 @@ from gdn.generation.weights import join_projections
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops import row_scores
-from gdn.ops.row_product import row_product
 
 TOKEN_BUDGET = {"cuda": 32768, "cpu": 2048}  # tokens of one forward pass; on CPUs what stays in the caches (docs/log.md)
 STATE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}  # of decode states held at a time; 22 MB a row at the published size
-_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 25}  # elements of one block of logits: 512 MB in bfloat16, 128 in float32
+_LOGITS = {"cuda": 1 << 28, "cpu": 1 << 25}  # elements of one block of logits: 512 MB on CUDA in bfloat16, 128 in float32
 _STREAM_ROWS = 256  # texts that a GPU's captured steps write beside each other, as many as their bits are promised for
 _GRID = 64  # where a long sequence may be split without a change in the GPU kernels' bits (docs/numerics.md)
 
@@ -46,7 +45,7 @@ def without_collector() -> Iterator[None]:
 
 
 class Scorer:
-    """Runs one model, where it lies, in its compute dtype; logits and log-softmax in float32.
+    """Runs one model, where it lies, in its compute dtype, logits too; their log-softmax is float32's.
 
     tokens_computed counts what went through the model, tokens_asked what it would have been with every request read whole.
     """
@@ -63,22 +62,14 @@ class Scorer:
         self.token_budget = token_budget
         held = STATE_BYTES.get(self.device.type, 1 << 30) if state_bytes is None else state_bytes
         self.max_rows = max(1, held // DecodeState.empty(model.config, 1, "meta").nbytes)
-        self.unit = self._unit()
+        dtype = model.compute_dtype or model.model.embeddings.weight.dtype
+        self.fused = all(block.is_fused(self.device, dtype) for block in model.model.layers)  # type: ignore[operator]
+        # A pass reads a multiple of so many tokens, the rest being one more sequence that nobody asked for. On a GPU libraries
+        # choose how to multiply, and so how to round, by the shape: every pass has the same. Where blocks are one operator,
+        # whose rows have the same bits in any, it need only be whole pieces of the grid: kernels are compiled for those alone.
+        self.unit = 1 if self.device.type != "cuda" else _GRID if self.fused else token_budget
         self.tokens_computed = 0
         self.tokens_asked = 0
-
-    def _unit(self) -> int:
-        """A pass reads a multiple of so many tokens, the rest being one more sequence that nobody asked for.
-
-        On a GPU libraries choose how to multiply, and so how to round, by the shape: every pass has the same. Where blocks are
-        one operator, whose rows have the same bits in any shape, it need only be whole pieces of the grid: kernels are not
-        compiled for other numbers too.
-        """
-        if self.device.type != "cuda":
-            return 1
-        dtype = self.model.compute_dtype or self.model.model.embeddings.weight.dtype
-        fused = all(block.is_fused(self.device, dtype) for block in self.model.model.layers)  # type: ignore[operator]
-        return _GRID if fused else self.token_budget
 
     @torch.no_grad()
     @without_collector()
@@ -116,8 +107,8 @@ class Scorer:
                 row += len(batch)
                 _rows(state, row, row + 1).reset()
             rests = [rest_of(requests[i], i, row) for row, sequence in enumerate(group) for _, _, i in sequence.wanted]
-            # They only read the states: where the kernels cannot by themselves, a layer's are copied at a time.
-            for batch in self._batches(rests, self.max_rows * self.config.num_hidden_layers):
+            # They only read the states, each as often as it is named: by the kernels in place, elsewhere from a layer's copy.
+            for batch in self._batches(rests, len(rests) if self.fused else self.max_rows):
                 self._score(batch, state, results)
             done += len(rests)
             if progress is not None:
@@ -158,12 +149,13 @@ class Scorer:
                 progress(start + len(batch))
         return texts
 
-    def warm_up(self) -> None:
-        """On a GPU: have the kernels compiled for contexts, their choices and texts. Nothing of it is counted."""
+    def warm_up(self, texts: bool) -> None:
+        """On a GPU: have the kernels compiled for contexts and their choices, and for texts. Nothing of it is counted."""
         if self.device.type == "cuda":
             counted = self.tokens_computed, self.tokens_asked
             self.likelihoods([Request([0, 0], [0, 0])] * 2 + [Request([0], [0])])
-            self.generate([[0]] * _STREAM_ROWS, 2, ())
+            if texts:
+                self.generate([[0]] * _STREAM_ROWS, 2, ())
             self.tokens_computed, self.tokens_asked = counted
 
     def _check(self, sequences: Sequence[Sequence[int]]) -> None:
@@ -221,7 +213,7 @@ class Scorer:
         greedy = torch.empty_like(logs, dtype=torch.bool)
         bounds = torch.searchsorted(which[order], torch.arange(0, len(unique) + size, size, device=self.device)).tolist()
         for first, start, end in zip(range(0, len(unique), size), bounds, bounds[1:]):
-            logits = self._logits(hidden[unique[first : first + size]])
+            logits = self.model.logits(hidden[unique[first : first + size]])
             totals, best = row_scores(logits)
             mine = order[start:end]
             rows_here, ids = which[mine] - first, token_ids[mine]
@@ -253,14 +245,8 @@ class Scorer:
         ends = torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
         return torch.as_tensor(self.model.model(tokens[None], state, ends, dtype, begin)[0])
 
-    def _logits(self, hidden: Tensor) -> Tensor:
-        """[R, vocab] of hidden states [R, hidden], the bits of a row the same whatever their number."""
-        if hidden.is_cuda:
-            return row_product(hidden, self.model.lm_head.weight.to(hidden.dtype))
-        return torch.as_tensor(self.model.lm_head(hidden))
-
     def _best(self, hidden: Tensor) -> Tensor:
-        totals, best = row_scores(self._logits(hidden))
+        totals, best = row_scores(self.model.logits(hidden))
         _finite(totals)
         return best
 
@@ -301,7 +287,7 @@ class Scorer:
     ) -> None:
         """The same by a stream over that state, whose rows all go on until the last text has ended."""
         live = list(range(len(texts)))
-        logits = self.model.lm_head(last)
+        logits = self.model.logits(last)
         tokens = [stream.start(row, logits[row : row + 1], seed=0) for row in live]
         for n in range(max_new_tokens):
             for row, token in zip(live, tokens):
@@ -336,10 +322,10 @@ class Scorer:
 
 
 def _finite(logs: Tensor) -> Tensor:
-    """On the host. Raises CheckpointError for a nan."""
+    """On the host. Raises CheckpointError for a nan or an infinity."""
     logs = logs.cpu()
-    if logs.isnan().any():
-        raise CheckpointError("the model's logits are nan: its weights, or what it computes from them, are not finite")
+    if not logs.isfinite().all():
+        raise CheckpointError("the model's logits are nan or infinite: so are its weights, or what it computes from them")
     return logs
 
 

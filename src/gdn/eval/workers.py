@@ -37,7 +37,7 @@ Prepare = Callable[[Any, Progress | None], Measure]
 Results = Generator[tuple["Work", dict[str, Any]], None, None]
 Show = Callable[[str, int, int], None]  # a task's name, requests done, of how many; 0 of 0: it has begun
 
-# Seconds on an H200 (docs/log.md), for their order: the longest begins first, so that none is left alone at the end.
+# Seconds on an H200, 2026-11-29 (docs/log.md), for their order: the longest begins first, so that none is alone at the end.
 _SECONDS = {"hellaswag": 18.6, "arc_easy": 4.2, "lambada_openai": 3.2, "boolq": 2.5, "wikitext": 2.4, "piqa": 2.3}
 _SECONDS |= {"arc_challenge": 2.3, "sciq": 1.9, "winogrande": 0.8, "copa": 0.3}
 _RULER_SECONDS = 6.3 / 2048  # a token of its prompts' length

@@ -76,7 +76,7 @@ class Block(nn.Module):
 
     def is_fused(self, device: torch.device, dtype: torch.dtype) -> bool:
         """Whether the block is one operator: on a GPU, every module within as it was built and unwatched. Without gradients a
-        row has the same bits then beside any others."""
+        row has the same bits then beside any others, as far as `row_product`'s have."""
         config = self.attn.config
         if not (config.use_gate and config.use_short_conv and self.is_plain()):
             return False
@@ -121,6 +121,8 @@ class Block(nn.Module):
             conv=torch.cat([conv.weight.squeeze(1) for conv in convolutions]),
             conv_bias=torch.cat(biases) if biases else None,
         )
+        if state is not None and cu_seqlens is None:
+            state = state.own()
         heads = Heads(config.num_heads, config.head_dim, config.value_heads, config.head_v_dim)
         switches = (heads, config.norm_eps, config.allow_neg_eigval)
         if self._is_training(x):
@@ -208,9 +210,16 @@ class GatedDeltaNetLM(nn.Module):
             return LMOutput(loss_sum, None, state)
         if last_only:
             hidden = hidden[:, -1] if cu_seqlens is None else hidden[0, (cu_seqlens[1:] - 1).long()]
-            if hidden.is_cuda and not self._calls_head(hidden):
-                return LMOutput(None, row_product(hidden, self.lm_head.weight.to(hidden.dtype)), state)
+            return LMOutput(None, self.logits(hidden), state)
         return LMOutput(None, self.lm_head(hidden), state)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """[R, vocab] of hidden states [R, hidden]; on a GPU a row has the same bits beside any others (`row_product`), unless
+        the head must be called."""
+        if hidden.is_cuda and not self._calls_head(hidden):
+            return row_product(hidden, self.lm_head.weight.to(hidden.dtype))
+        called: Tensor = self.lm_head(hidden)
+        return called
 
     def _calls_head(self, hidden: Tensor) -> bool:
         """Whether the head must be called: for gradients, or as an adapter or a hook stands in its place."""

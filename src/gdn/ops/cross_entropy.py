@@ -28,14 +28,15 @@ def linear_cross_entropy(hidden: Tensor, weight: Tensor, labels: Tensor) -> Tens
 def row_scores(logits: Tensor) -> tuple[Tensor, Tensor]:
     """log sum exp of each row of logits [R, V], float32 [R], and where it is largest, int64 [R]. No gradients.
 
-    Of equals the first is the largest (on a GPU; elsewhere which PyTorch finds). A nan among the logits makes the sum nan.
+    Of equals the first is the largest (on a GPU; elsewhere which PyTorch finds). A nan or +inf among the logits makes the sum
+    nan or +inf.
     """
     if backend_for(logits) == "triton":
         from gdn.ops import triton_cross_entropy
 
         return triton_cross_entropy.row_scores(logits.contiguous())
     logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.logsumexp(-1), logits.argmax(-1)
+    return logits.logsumexp(-1).float(), logits.argmax(-1)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):

@@ -105,10 +105,9 @@ def _forward(
         proj, conv, conv_bias, A_log, dt_bias, None, None, cu_seqlens, sizes, allow_neg_eigval, for_backward=True
     )
     assert rule.X is not None and rule.states is not None
-    y = gated_norm_forward(rule.o, proj, sizes.columns, o_norm, eps)
-    ffn = _ffn_float8 if float8_ffn else _ffn
-    middle, gate_up, out = ffn(x, y.flatten(-2) @ joined.o.t(), mlp_norm, eps, joined)
-    del y
+    branch = gated_norm_forward(rule.o, proj, sizes.columns, o_norm, eps).flatten(-2) @ joined.o.t()
+    middle, gate_up, out = (_ffn_float8 if float8_ffn else _ffn)(x, branch, mlp_norm, eps, joined)
+    del branch
     keys = [q, k] if keep_keys else [q.new_empty(0), q.new_empty(0)]
     return [out, packed, middle, proj, gate_up, rule.o, *keys, rule.X, rule.states, *rule.intra]
 
@@ -252,11 +251,11 @@ def _ffn(x: Tensor, branch: Tensor, norm: Tensor, eps: float, joined: _Joined) -
 
 
 def _ffn_float8(x: Tensor, branch: Tensor, norm: Tensor, eps: float, joined: _Joined) -> tuple[Tensor, Tensor, Tensor]:
-    """The same. Sums are float32's: with fast ones the loss was 0.02 higher after 300 steps (docs/log.md)."""
+    """The same."""
     normed, middle = norm_forward_float8(x, branch, norm, eps)
-    gate_up = product(normed, cast_rows(joined.gate_up), x.dtype, fast=False)
+    gate_up = product(normed, cast_rows(joined.gate_up), x.dtype)
     del normed, branch
-    out = product(swiglu_forward_float8(gate_up), cast_rows(joined.down), x.dtype, fast=False)
+    out = product(swiglu_forward_float8(gate_up), cast_rows(joined.down), x.dtype)
     return middle, gate_up, out.add_(middle)  # by a pass of its own: a product by rows adds to nothing
 
 
@@ -273,11 +272,11 @@ def _ffn_backward_float8(d_out: Tensor, gate_up: Tensor, joined: _Joined, dtype:
     """Weights' gradients are products of what bf16 holds: Hopper multiplies float8 along rows alone, and columns copied into
     rows cost what that would save. What is summed over tokens keeps its digits so."""
     down, both = (cast_rows(weight.t().contiguous()) for weight in (joined.down, joined.gate_up))
-    d_activated = product(cast_rows(d_out), down, d_out.dtype, fast=False)
+    d_activated = product(cast_rows(d_out), down, d_out.dtype)
     d_gate_up, narrow = swiglu_backward_float8(d_activated, gate_up)
     d_down = _weight_gradient(d_out, d_activated, dtype)
     del d_activated
-    return product(narrow, both, d_out.dtype, fast=False), d_gate_up, d_down
+    return product(narrow, both, d_out.dtype), d_gate_up, d_down
 
 
 def _views(packed: Tensor, hidden: int, heads: Heads, F: int) -> _Joined:

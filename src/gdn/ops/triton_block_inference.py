@@ -31,7 +31,7 @@ def block_inference(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """x [B, T, hidden] -> the block's output; the final convolution inputs and state, both empty without an initial state.
 
-    With initial_rows int64 [N], the row of both states that each sequence begins from, they are empty too.
+    With initial_rows int64 [N], the row of both states that each packed sequence begins from, they are empty too.
 
     into [P, hidden]: the weights of q | k | v | a | b | g; gate_up [2 F, hidden]; they, o and down in x's dtype.
     """

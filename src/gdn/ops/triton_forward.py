@@ -84,7 +84,8 @@ def forward(
 ) -> Forward:
     """All tensors contiguous, q, k, v of one dtype; shapes as in `gated_delta_rule`.
 
-    initial_rows [N] int64: the row of initial_state [M, HV, K, V] that each sequence begins from; not with `for_backward`.
+    initial_rows [N] int64: the row of initial_state [M, HV, K, V] that each packed sequence begins from; not with
+    `for_backward`.
     """
     T, K, (HV, V) = q.shape[1], q.shape[3], v.shape[2:]
     intra = _run_intra(q, k, g, beta, scale, chunks)
@@ -127,8 +128,6 @@ def carry(
     if on_hopper(v, chunks):
         from gdn.ops.triton_hopper_states import run_states
 
-        if initial_state is not None and initial_rows is not None:
-            initial_state = initial_state[initial_rows]
         run_states(q, k, v, *intra, o, X, states, initial_state, final_state, scale, reverse=False)
         return
     config = configuration("states", q, V)

@@ -27,7 +27,7 @@ class TrainConfig:
     init: Init = "mamba"
     dtype: Literal["bfloat16", "float32"] = "bfloat16"  # of activations and matrix products; weights are float32
     recompute: Recompute = "keys"  # what the backward computes again, to save memory; changes no bit
-    float8_ffn: bool = False  # the FFNs' products but weights' gradients, on a GPU of compute capability 8.9 or 9.0
+    float8_ffn: bool = False  # the FFNs' products but weights' gradients in float8, on a GPU of capability 8.9 or 9.0
     cuda_graph: bool = True  # one for forward and backward, where the kernels on one GPU serve; changes no bit
 
 
