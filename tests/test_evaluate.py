@@ -63,6 +63,15 @@ def test_the_command_lets_the_number_of_processes_be_chosen_and_warms_up_where_t
     assert asked == [None, None] and warmed == [False]
 
 
+def test_our_tokenizer_is_read_without_transformers_models(checkpoint: Path) -> None:
+    """They take longer to import than all else of a worker; and nothing is said of a kind of model it does not know."""
+    code = "import sys, pathlib; from gdn.eval.harness import load_tokenizer\n"
+    code += "print(load_tokenizer(pathlib.Path(sys.argv[1]))('a b')['input_ids'], 'transformers.modeling_utils' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code, checkpoint], check=True, capture_output=True, text=True)
+    assert done.stdout == f"{harness.load_tokenizer(checkpoint)('a b')['input_ids']} False\n"
+    assert "model of type" not in done.stderr
+
+
 def test_the_table_is_printed_and_kept(
     checkpoint: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -20,13 +20,12 @@ from gdn.eval.card import MEAN, in_errors, row_of, ruler_mean
 from gdn.eval.results import Results, read_samples
 from gdn.eval.scoring import TOKEN_BUDGET, Scorer, without_collector
 from gdn.files import sha256_file, write_text
-from gdn.model.load import CONFIG, load_model, read_config, read_json
+from gdn.model.load import CONFIG, is_ours, load_model, read_config, read_json
 from gdn.ops.backend import choose_backend
 from gdn.report.evaluation import EvaluationReport, Example, Measured, render_evaluation
 from gdn.report.figures import Cell
 
 PAGE = "report.html"
-_OURS = "gated_deltanet"
 
 
 @dataclass(frozen=True)
@@ -69,7 +68,7 @@ def evaluate(folder: Path, options: Options, out: Path, device: torch.device, co
     results = Results(out, lock, str(folder), order)
     found = {work.name: results.finished(work.name, _data_sha256(work, options)) for work in works}
     missing = [work for work in works if found[work.name] is None]
-    ours = _is_ours(folder)
+    ours = is_ours(folder)
     number = workers.choose_workers(options.workers, len(missing), device, ours)
     early = missing if number > 1 else []  # the model is there before the first ask of it
     opener = partial(_open, folder, options, device, dtype, early)
@@ -177,7 +176,7 @@ class _Table:
 
 def _open(folder: Path, options: Options, device: torch.device, dtype: torch.dtype, early: Sequence[harness.Work]) -> Any:
     """The model in `folder`: a Scorer, or of another architecture the harness's own. early: what it may warm up for."""
-    if _is_ours(folder):
+    if is_ours(folder):
         scorer = Scorer(load_model(folder, dtype=dtype, device=device), token_budget=options.token_budget)
         if early:
             scorer.warm_up(texts=any(work.length for work in early))
@@ -187,7 +186,7 @@ def _open(folder: Path, options: Options, device: torch.device, dtype: torch.dty
 
 def _prepare(folder: Path, options: Options, model: Any, progress: Callable[[int, int], None] | None) -> workers.Measure:
     """What measures a task with that model, or with ours in another process."""
-    tokenizer, ours = harness.load_tokenizer(folder), _is_ours(folder)
+    tokenizer, ours = harness.load_tokenizer(folder), is_ours(folder)
     lm = harness.adapt(model, tokenizer, options.max_length, progress) if ours else model
 
     def measure(work: harness.Work) -> dict[str, Any]:
@@ -196,14 +195,10 @@ def _prepare(folder: Path, options: Options, model: Any, progress: Callable[[int
     return without_collector()(measure) if ours else measure  # of tensors in cycles elsewhere we know nothing
 
 
-def _is_ours(folder: Path) -> bool:
-    return bool(read_json(folder / CONFIG).get("model_type") == _OURS)
-
-
 def _lock(folder: Path, options: Options, tokenizer: Any, device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Everything that a number may depend on, but for the tasks' own text and data, which each result holds."""
     config = read_json(folder / CONFIG)
-    ours = config.get("model_type") == _OURS
+    ours = is_ours(folder)
     weights = sorted(folder.glob("*.safetensors"))
     if not weights:
         raise CheckpointError(f"{folder}: no safetensors; expected the model's weights")

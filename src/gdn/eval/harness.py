@@ -20,15 +20,15 @@ import lm_eval.utils
 import torch
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
-from transformers import AutoTokenizer
+from transformers import AutoTokenizer, PreTrainedConfig
 
-import gdn.hf  # noqa: F401  so that transformers knows our folders
 from gdn.errors import CheckpointError, ConfigError, DataError
 from gdn.eval import local, ruler
 from gdn.eval.adapter import HarnessModel, Progress, Rolling, Scoring
 from gdn.eval.card import CARD, RULER_CARD, RULER_LENGTH, STREAM, mean_error, perplexity_error, row_of
 from gdn.eval.scoring import Scorer
 from gdn.model.lm import GatedDeltaNetLM
+from gdn.model.load import CONFIG, is_ours
 
 _TASKS = Path(lm_eval.__file__).parent / "tasks"
 # Reading the harness's index of 13,000 tasks takes it half a minute of one core; these few are found without it.
@@ -106,9 +106,13 @@ def _index() -> TaskManager:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """The transformers tokenizer of a model folder: what the harness would use."""
+    """The transformers tokenizer of a model folder: what the harness would use.
+
+    Of our own the configuration says nothing about it: transformers need not know it, whose models take seconds to import.
+    """
     try:
-        return AutoTokenizer.from_pretrained(folder)
+        ours = (folder / CONFIG).exists() and is_ours(folder)
+        return AutoTokenizer.from_pretrained(folder, **({"config": PreTrainedConfig()} if ours else {}))
     except (OSError, ValueError) as error:
         raise DataError(f"{folder}: no tokenizer that transformers can load: {str(error).splitlines()[0]}") from None
 

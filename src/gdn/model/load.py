@@ -10,7 +10,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from gdn.errors import CheckpointError
-from gdn.model.config import ModelConfig
+from gdn.model.config import MODEL_TYPE, ModelConfig
 from gdn.model.lm import GatedDeltaNetLM
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
@@ -20,6 +20,11 @@ _FLOAT32 = ("A_log", "dt_bias")  # the gates' parameters keep float32 whatever t
 def read_config(folder: Path) -> ModelConfig:
     """The architecture in `folder`/config.json; CheckpointError if there is none, ConfigError if it is not ours to build."""
     return ModelConfig.from_json(read_json(folder / CONFIG), str(folder / CONFIG))
+
+
+def is_ours(folder: Path) -> bool:
+    """Whether `folder`/config.json is of this architecture; CheckpointError if there is none."""
+    return bool(read_json(folder / CONFIG).get("model_type") == MODEL_TYPE)
 
 
 def read_json(path: Path) -> dict[str, Any]:
