@@ -39,7 +39,7 @@ PRODUCTS = ("down", "ffn", "projections", "output", "head")
 BATCHES = (1, 2, 3, 4, 5, 8, 16, 17, 32, 64, 65, 128, 256)
 # Rows of activations, of the weight, columns at a time, stages, warps; for few rows: rows of the weight.
 FEW = [Tile(16, n, 0, 1, 4, split) for n in (16, 32) for split in (False, True)] + [Tile(16, 64, 128, 4, 4)]
-# The deeper ones, of up to 200 KB, are there to see whether loads under way are what is short.
+# The deeper ones, of up to 200 KB, asked whether loads under way are what is short: they are not (docs/log.md).
 MANY = {
     32: [
         (32, 16, 256, 3, 4),

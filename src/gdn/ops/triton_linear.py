@@ -58,7 +58,8 @@ class Tile(NamedTuple):
 
 
 _FEW = Tile(16, 16, 0, 1, 4)
-# By product: up to so many rows, and beyond the last. The best of a dozen at 1, 16, 64 and 256 rows (docs/log.md).
+# By product: up to so many rows, and beyond the last. The best of five or six at 1 and 16 rows, of ten or so at 64 and 256
+# (docs/log.md).
 TILES: dict[str, dict[int, Tile]] = {
     "projections": {
         16: _FEW,
