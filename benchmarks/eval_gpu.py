@@ -19,7 +19,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from datetime import date
 from importlib.metadata import PackageNotFoundError, version
@@ -35,7 +36,7 @@ from lm_eval.models.huggingface import HFLM
 from rich.console import Console
 from torch.autograd import DeviceType
 
-from gdn.eval import harness
+from gdn.eval import harness, workers
 from gdn.eval.scoring import Scorer
 from gdn.evaluate import Options, evaluate
 from gdn.model.config import ModelConfig
@@ -152,13 +153,41 @@ def warm(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
         found = []
         for turn in range(1 + args.repetitions):
             began = time.perf_counter()
-            tasks = evaluate(folder, options, Path(name) / str(turn), torch.device(args.device), Console(quiet=True))
-            synchronize()
+            with noted_turns(began) as turns:
+                tasks = evaluate(folder, options, Path(name) / str(turn), torch.device(args.device), Console(quiet=True))
+                synchronize()
             found.append(time.perf_counter() - began)
             memory = torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else None
             row = {"seconds of the first": found[0], "seconds": found[1:], "peak memory, GB": memory}
+            row |= {"the model's process": turns} if args.workers > 1 else {}
             if turn:
                 rows.add("warm", row | numbers(tasks))
+
+
+@contextmanager
+def noted_turns(began: float) -> Iterator[dict[str, Any]]:
+    """What the process with the model does beside workers, seconds from `began`; an answer takes messages in too."""
+    answer, take, team = workers._Team.answer, workers._Team.take, workers._Team
+    turns: dict[str, Any] = {"answering": 0.0, "taking": 0.0, "waiting": 0.0, "answers": []}
+
+    def noted_answer(self: Any, scorer: Any) -> None:
+        start, asked = time.perf_counter(), set(self.asks)
+        answer(self, scorer)
+        synchronize()
+        names = [self.works[self.running[one]].name for one in asked - set(self.asks) if one in self.running]
+        turns["answers"].append([*names, round(start - began, 2), round(time.perf_counter() - began, 2)])
+        turns["answering"] += time.perf_counter() - start
+
+    def noted_take(self: Any, timeout: float | None) -> None:
+        start = time.perf_counter()
+        take(self, timeout)
+        turns["taking" if timeout == 0 else "waiting"] += time.perf_counter() - start
+
+    team.answer, team.take = noted_answer, noted_take  # type: ignore[method-assign]
+    try:
+        yield turns
+    finally:
+        team.answer, team.take = answer, take  # type: ignore[method-assign]
 
 
 def busy(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
