@@ -39,46 +39,29 @@ PRODUCTS = ("down", "ffn", "projections", "output", "head")
 BATCHES = (1, 2, 3, 4, 5, 8, 16, 17, 32, 64, 65, 128, 256)
 # Rows of activations, of the weight, columns at a time, stages, warps; for few rows: rows of the weight.
 FEW = [Tile(16, n, 0, 1, 4, split) for n in (16, 32) for split in (False, True)] + [Tile(16, 64, 128, 4, 4)]
-# The deeper ones, of up to 200 KB, asked whether loads under way are what is short: they are not (docs/log.md).
+# Copied by Hopper's engine. What threads copy was tried before, up to 200 KB under way (docs/log.md).
 MANY = {
-    32: [
-        (32, 16, 256, 3, 4),
-        (32, 16, 256, 5, 4),
-        (32, 32, 128, 4, 4),
-        (32, 32, 128, 8, 4),
-        (32, 32, 256, 4, 4),
-        (32, 64, 128, 3, 4),
-        (32, 64, 128, 8, 4),
-    ],
+    32: [(32, 16, 256, 4, 4), (32, 32, 256, 4, 4), (32, 32, 256, 6, 4), (32, 64, 256, 4, 4), (32, 64, 128, 6, 4)],
     64: [
         (64, 16, 256, 3, 4),
-        (64, 16, 256, 5, 4),
-        (64, 32, 128, 4, 4),
-        (64, 32, 128, 8, 4),
+        (64, 16, 256, 4, 4),
+        (64, 32, 256, 3, 4),
         (64, 32, 256, 4, 4),
-        (64, 64, 128, 3, 4),
-        (64, 64, 128, 6, 4),
-        (64, 64, 128, 5, 4),
-        (64, 64, 64, 12, 4),
         (64, 64, 256, 3, 4),
-        (64, 128, 64, 4, 4),
+        (64, 64, 128, 6, 4),
         (64, 128, 64, 8, 4),
-        (64, 256, 64, 4, 8),
+        (64, 128, 64, 8, 8),
     ],
     256: [
-        (64, 32, 128, 4, 4),
-        (64, 32, 128, 8, 4),
-        (64, 64, 128, 6, 4),
-        (64, 128, 64, 8, 4),
-        (128, 64, 64, 8, 8),
-        (128, 64, 128, 3, 8),
+        (64, 32, 256, 4, 4),
+        (64, 64, 256, 3, 4),
+        (128, 32, 256, 2, 8),
+        (128, 64, 256, 2, 8),
         (128, 64, 128, 4, 8),
-        (128, 128, 64, 4, 8),
-        (128, 128, 64, 6, 8),
         (128, 128, 128, 3, 8),
+        (128, 128, 64, 6, 8),
         (128, 256, 64, 4, 8),
-        (256, 64, 64, 4, 8),
-        (256, 128, 64, 4, 8),
+        (256, 64, 64, 5, 8),
     ],
 }
 
@@ -88,7 +71,7 @@ def variants(product: str, rows: int) -> list[Tile]:
     if rows <= 16:
         return [tile for tile in FEW if tile.split in splits]
     return [
-        Tile(*shape, split)
+        Tile(*shape, split, copied=True)
         for shape in MANY[min((most for most in MANY if rows <= most), default=max(MANY))]
         for split in splits
     ]  # type: ignore[misc]

@@ -67,7 +67,7 @@ def compiled(arch: int, kernel: Any, values: dict[str, Any], constants: dict[str
     translate_where_all_numbers_are_1(target, kernel, values, constants, options)
     result = compile(source, target=target, options=options)
     report = {"kernel": kernel.__name__, "shared": result.metadata.shared, "lines": result.asm["ptx"].count("\n")}
-    if kernel.is_gluon():
+    if "wgmma.mma_async" in result.asm["ptx"]:
         with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
             Path(file.name).write_text(result.asm["ptx"])
             command = [PTXAS, "-v", f"--gpu-name=sm_{arch}a", file.name, "-o", "/dev/null"]
@@ -159,8 +159,8 @@ def other_kernels(arch: int, K: int) -> Iterator[dict[str, Any]]:
         yield compiled(arch, kernel, layer, constants, num_warps=triton_gates.NUM_WARPS)
 
 
-def products(arch: int, product: str, rows: int, dtype: str = "bf16") -> dict[str, Any]:
-    """A product of decoding, of the published size, by the tile for so many rows."""
+def products(arch: int, product: str, rows: int, dtype: str = "bf16", tile: triton_linear.Tile | None = None) -> dict[str, Any]:
+    """A product of decoding, of the published size, by the tile for so many rows or another."""
     x, f = "*" + dtype, "*fp32"
     bytes_, given = {"bf16": (2, 2), "fp16": (2, 4), "fp32": (4, 4)}[dtype]
     N, K, size = {
@@ -171,7 +171,7 @@ def products(arch: int, product: str, rows: int, dtype: str = "bf16") -> dict[st
         "head": (32000, 1024, 1024),
     }[product]
     given = bytes_ if product == "down" else given
-    tile = triton_linear.tile_for(product, rows, K // size, size, bytes_, given, SHARED[arch] * 1024)
+    tile = tile or triton_linear.tile_for(product, rows, K // size, size, bytes_, given, SHARED[arch] * 1024)
     values = dict.fromkeys(("x", "weight", "out", "next_h", "window", "conv"), x) | {"arrived": "*i32", "rows": "i32"}
     values |= {"x": f if given == 4 else x, "next_h": x if dtype == "bf16" else f}  # rows that are yet to be scaled
     values |= dict.fromkeys(("squares", "residual", "norm", "next_squares", "parts"), f) | {"eps": "fp32", "bias": None}
@@ -186,6 +186,11 @@ def products(arch: int, product: str, rows: int, dtype: str = "bf16") -> dict[st
         own |= {"W": 4, "D": 3072}
     values |= dict.fromkeys(absent) | ({"squares": None} if product == "down" else {})
     values |= {"out": f} if product in ("projections", "head") else {}
+    values |= dict.fromkeys(("x_blocks", "weight_blocks"))
+    if tile.copied and arch >= 90:
+        halves = 2 if product == "ffn" else 1
+        values["x_blocks"] = f"tensordesc<{values['x'][1:]}[{tile.rows},{tile.columns}]>"
+        values["weight_blocks"] = f"tensordesc<{dtype}[{halves},{tile.weight_rows // halves},{tile.columns}]>"
     chained = arch >= 90 and rows <= triton_chain.MOST_ROWS
     own |= {"N": N, "K": K, "SEGMENT": size, "TO": product, "SPLIT": tile.split, "CHAINED": chained}
     own |= {"BB": tile.rows, "BN": tile.weight_rows, "BK": tile.columns}
@@ -216,6 +221,13 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
         sizes = {"TOP_K": top_k, "TOP_P": top_p, "CHUNKS": 32, "BLOCK": 16384} | chained
         yield compiled(arch, triton_draw._choose, values, sizes, **warps | {"num_warps": 32})
     yield compiled(arch, triton_draw._noise, values, {"BLOCK": 1024}, num_warps=4)
+
+
+def copied_products() -> Iterator[dict[str, Any]]:
+    """Of the published size, for many rows, whose tiles Hopper's engine copies."""
+    for product in triton_linear.TILES:
+        size, split = (64, 64) if product == "head" else (32, 256), product == "down"
+        yield products(90, product, 64, tile=triton_linear.Tile(64, *size, 3, 4, split, copied=True))
 
 
 def training_kernels(arch: int) -> Iterator[dict[str, Any]]:
@@ -295,6 +307,7 @@ def main() -> None:
             take(K, torch.bfloat16, float8_kernels(arch))
         if arch == 90 and not every:  # compiling the others for it takes a minute
             if K == 256:
+                take(K, torch.bfloat16, copied_products())
                 take(K, torch.float32, rule_kernels(arch, K, K, torch.float32))
             continue
         take(K, torch.bfloat16, rule_kernels(arch, K, K, torch.bfloat16))

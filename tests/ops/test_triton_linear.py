@@ -24,8 +24,9 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3}
 EPS = 1e-3
 FEW, STEPS = Tile(16, 16, 0, 1, 4), Tile(16, 32, 64, 2, 4)
-TILES = {"table": None, "few": FEW, "steps": STEPS}
-ALL = TILES | {"few, split": FEW._replace(split=True), "steps, split": STEPS._replace(split=True)}
+COPIED = STEPS._replace(copied=True)
+TILES = {"table": None, "few": FEW, "steps": STEPS, "copied": COPIED}
+ALL = TILES | {f"{name}, split": tile._replace(split=True) for name, tile in TILES.items() if tile}
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -142,7 +143,8 @@ def test_no_bits_hang_on_the_tile() -> None:
     """Each product's, at each kind of tile; of heads also one alone."""
     dtype, wide = torch.float16 if DEVICE == "cuda" else torch.float32, Tile(64, 64, 64, 2, 4)
     found: dict[str, list[Tensor]] = {"heads": [], "head alone": [], "down": [], "ffn": [], "logits": [], "projections": []}
-    for tile in (FEW, STEPS, wide, FEW._replace(split=True), STEPS._replace(split=True), wide._replace(split=True)):
+    tiles = (FEW, STEPS, wide, COPIED, wide._replace(copied=True))
+    for tile in (*tiles, *(tile._replace(split=True) for tile in tiles)):
         (rows, _), (heads, _) = normed(20, 320, dtype), normed(20, 384, dtype, 6)
         to, then, alone = (residual(20, 80, dtype) for _ in range(3))
         linear.add_output(alone, normed(20, 64, dtype)[0], normal(80, 64).to(dtype), EPS, normal(80), tile)

@@ -86,3 +86,8 @@ def shared_memory(device: torch.device) -> int:
     properties: Any = torch.cuda.get_device_properties(device)  # whose stub lacks what follows
     found: int = properties.shared_memory_per_block_optin
     return found
+
+
+def copies_blocks(device: torch.device) -> bool:
+    """Whether it has an engine that copies blocks of a matrix to shared memory: Hopper and later; the interpreter plays one."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9

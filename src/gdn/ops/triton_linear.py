@@ -18,9 +18,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn.ops.triton_chain import begin, link, prefetch, wait
-from gdn.ops.triton_configs import KIB, shared_memory
+from gdn.ops.triton_configs import KIB, copies_blocks, shared_memory
 from gdn.ops.triton_rows import (
     PARTS,
     SQUARES,
@@ -45,6 +46,7 @@ class Tile(NamedTuple):
     stages: int
     num_warps: int
     split: bool = False  # a group of segments each
+    copied: bool = False  # by the GPU's copy engine, where it has one, not by threads
 
     def bytes(self, segments: int, size: int, itemsize: int, given: int) -> int:
         """Of shared memory, for so many segments of `size` columns, of which a fourth is a group; bytes of an element of the
@@ -179,8 +181,13 @@ def _product(
         x, (next_h, next_squares), parts, arrived = residual
     else:
         x = next_h = next_squares = parts = arrived = None
+    blocks: tuple[TensorDescriptor | None, ...] = (None, None)
+    if tile.copied and columns and copies_blocks(h.device):
+        halves = 2 if product == "ffn" else 1
+        of_weight = weight.view(halves, N // halves, K), [halves, tile.weight_rows // halves, columns]
+        blocks = TensorDescriptor.from_tensor(h, [tile.rows, columns]), TensorDescriptor.from_tensor(*of_weight)
     _linear[grid](
-        h, squares, weight, out, x, norm, next_h, next_squares, parts, arrived,
+        h, squares, weight, *blocks, out, x, norm, next_h, next_squares, parts, arrived,
         *(convolution.get(name) for name in ("window", "conv", "bias")), B, eps,
         N=N, K=K, SEGMENT=size, GROUP=each,
         HEADS=0 if squares is None else heads, SUMS=0 if squares is None else squares.shape[2],
@@ -266,11 +273,15 @@ def _by_fours(
 
 @triton.jit
 def _by_steps(
-    x, squares, weight, source, row, rows, eps, first,
+    x, squares, weight, x_blocks, weight_blocks, source, row, rows, eps, first,
     K: tl.constexpr, SEGMENT: tl.constexpr, SEGMENTS: tl.constexpr, GROUP: tl.constexpr,
-    HEADS: tl.constexpr, BY_HEAD: tl.constexpr, SUMS: tl.constexpr, BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
+    HEADS: tl.constexpr, BY_HEAD: tl.constexpr, PAIRED: tl.constexpr, SUMS: tl.constexpr,
+    BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """The sum over K, a step after another."""
+    """The sum over K, a step after another.
+
+    PAIRED: a tile's rows of the weight are a gate's and an up's in turn; of blocks, half are a gate's.
+    """
     there = (row < rows)[:, None]  # zeros for the others, nothing read in their place
     row = tl.minimum(row, rows - 1)
     dtype: tl.constexpr = weight.dtype.element_ty
@@ -286,14 +297,18 @@ def _by_steps(
     weights, inputs = weight + source[:, None] * K, x + row[:, None] * K
     acc, part, total = zero, zero, zero
     for start in tl.range(first, min(first + SEGMENTS * SEGMENT, K), BK):
-        k = start + tl.arange(0, BK)
-        w = tl.load(weights + k[None, :])
-        h = tl.load(inputs + k[None, :], mask=there, other=0.0)
+        if weight_blocks is not None:
+            h = x_blocks.load([tl.program_id(0) * BB, start])
+            w = tl.reshape(weight_blocks.load([0, tl.program_id(1) * (BN // 2 if PAIRED else BN), start]), [BN, BK])
+        else:
+            k = start + tl.arange(0, BK)
+            w = tl.load(weights + k[None, :])
+            h = tl.load(inputs + k[None, :], mask=there, other=0.0)
         if EARLY and HEADS:
             h = h * tl.sum(tl.where(head == (start // SEGMENT if BY_HEAD else 0), scales, 0.0), 1)[:, None]
         acc = tl.dot(h.to(dtype), tl.trans(w), acc, input_precision="ieee")
         if SEGMENTS > 1:  # noqa: SIM102  known when compiled
-            if (start + BK) % SEGMENT == 0:
+            if BK == SEGMENT or (start + BK) % SEGMENT == 0:
                 factor = one  # an addition would be joined with the product
                 if BY_HEAD and not EARLY:
                     chosen = tl.sum(tl.where(head == start // SEGMENT, scales, 0.0), 1)
@@ -316,12 +331,16 @@ def _by_steps(
     total += part
     if HEADS and not BY_HEAD and not EARLY:
         total = total * tl.reshape(scales, [BB, 1])
+    if PAIRED and weight_blocks is not None:
+        gate, up = tl.split(tl.permute(tl.reshape(total, [BB, 2, BN // 2]), (0, 2, 1)))
+        total = tl.interleave(gate, up)
     return total
 
 
 @triton.jit(do_not_specialize=["rows"])
 def _linear(
-    x, squares, weight, out, residual, norm, next_h, next_squares, parts, arrived, window, conv, bias, rows, eps,
+    x, squares, weight, x_blocks, weight_blocks, out, residual, norm, next_h, next_squares, parts, arrived,
+    window, conv, bias, rows, eps,
     N: tl.constexpr, K: tl.constexpr, SEGMENT: tl.constexpr, GROUP: tl.constexpr, HEADS: tl.constexpr, SUMS: tl.constexpr,
     TO: tl.constexpr, W: tl.constexpr, D: tl.constexpr, SPLIT: tl.constexpr,
     BB: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, CHAINED: tl.constexpr,
@@ -350,8 +369,9 @@ def _linear(
     BY_HEAD: tl.constexpr = TO == "output"
     if BK:
         total = _by_steps(
-            x, squares, weight, source, row, rows, eps, first, K, SEGMENT, SEGMENTS, GROUP, HEADS, BY_HEAD, SUMS, BB, BN, BK
-        )
+            x, squares, weight, x_blocks, weight_blocks, source, row, rows, eps, first,
+            K, SEGMENT, SEGMENTS, GROUP, HEADS, BY_HEAD, TO == "ffn", SUMS, BB, BN, BK,
+        )  # fmt: skip
     else:
         total = _by_fours(x, squares, weights, row, rows, eps, first, K, SEGMENT, SEGMENTS, GROUP, HEADS, BY_HEAD, SUMS, BB, BN)
 
