@@ -93,7 +93,7 @@ def test_the_measured_peak_is_a_speed_of_this_machine_and_moves_no_random_state(
     started = time.perf_counter()
     for _ in range(5):
         a @ a
-    assert peak.measured > 0.1 * 5 * 2 * 512**3 / (time.perf_counter() - started)  # the fastest of its products
+    assert peak.measured > 0.3 * 5 * 2 * 512**3 / (time.perf_counter() - started)  # the fastest of its products
 
 
 class NVMLError(Exception):
