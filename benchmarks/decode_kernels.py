@@ -6,8 +6,9 @@
 The published sizes, random weights in bf16. bits: logits of three tokens and states of rows in batches against those of the
 row alone. times: ms of the captured token with its draw. kernels: us that each adds, its end after the end of the one before.
 chains: ms of a token without its draw, for every choice of kernels that begin beside the one before them. tiles: the same for
-one product's tile after another, the best kept, each with a comparison of bits. Every finding is in FILE as soon as it is
-made; neither chains nor tiles go on after so many seconds. `workers` processes compile beforehand.
+one product's tile after another, the best kept, each with a comparison of bits; beyond 16 rows tiles that Hopper's engine
+copies. Every finding is in FILE as soon as it is made; neither chains nor tiles go on after so many seconds, compiling not
+counted. `workers` processes compile beforehand.
 """
 
 import argparse
@@ -32,7 +33,8 @@ from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops import triton_chain, triton_layer_step, triton_linear
-from gdn.ops.triton_linear import TILES, Tile
+from gdn.ops.triton_configs import shared_memory
+from gdn.ops.triton_linear import TILES, Tile, tile_for
 
 KERNELS = ("projections", "middle", "output", "ffn", "down")
 PRODUCTS = ("down", "ffn", "projections", "output", "head")
@@ -60,7 +62,6 @@ MANY = {
         (128, 64, 128, 4, 8),
         (128, 128, 128, 3, 8),
         (128, 128, 64, 6, 8),
-        (128, 256, 64, 4, 8),
         (256, 64, 64, 5, 8),
     ],
 }
@@ -70,7 +71,8 @@ def variants(product: str, rows: int) -> list[Tile]:
     splits = (False, True) if product in ("output", "down") else (False,)
     if rows <= 16:
         return [tile for tile in FEW if tile.split in splits]
-    return [
+    table = tile_for(product, rows, 4, 256, 2, 2, shared_memory(torch.device("cuda")))
+    return [table._replace(copied=True)] + [
         Tile(*shape, split, copied=True)
         for shape in MANY[min((most for most in MANY if rows <= most), default=max(MANY))]
         for split in splits
@@ -241,7 +243,6 @@ def main() -> None:
     args = parser.parse_args()
     parts, batches = args.parts.split(","), [int(rows) for rows in args.rows.split(",")]
     report = Report(args.out)
-    until = report.began + args.seconds
     work: list[tuple[int, str | None, Tile | None, bool]] = [
         (rows, None, None, chain) for rows in batches for chain in (True, False)
     ]
@@ -254,6 +255,7 @@ def main() -> None:
         ]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_some, [work[i :: args.workers] for i in range(args.workers)]))
+    until = time.monotonic() + args.seconds
     with torch.no_grad():
         small = build(3)
         for rows in BATCHES if "bits" in parts else ():

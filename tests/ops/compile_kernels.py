@@ -67,7 +67,7 @@ def compiled(arch: int, kernel: Any, values: dict[str, Any], constants: dict[str
     translate_where_all_numbers_are_1(target, kernel, values, constants, options)
     result = compile(source, target=target, options=options)
     report = {"kernel": kernel.__name__, "shared": result.metadata.shared, "lines": result.asm["ptx"].count("\n")}
-    if "wgmma.mma_async" in result.asm["ptx"]:
+    if kernel.is_gluon() or values.get("x_blocks"):
         with tempfile.NamedTemporaryFile(suffix=".ptx") as file:
             Path(file.name).write_text(result.asm["ptx"])
             command = [PTXAS, "-v", f"--gpu-name=sm_{arch}a", file.name, "-o", "/dev/null"]
@@ -195,7 +195,8 @@ def products(arch: int, product: str, rows: int, dtype: str = "bf16", tile: trit
     own |= {"N": N, "K": K, "SEGMENT": size, "TO": product, "SPLIT": tile.split, "CHAINED": chained}
     own |= {"BB": tile.rows, "BN": tile.weight_rows, "BK": tile.columns}
     options = {"num_warps": tile.num_warps, "num_stages": tile.stages} | ({"launch_pdl": True} if chained else {})
-    return compiled(arch, triton_linear._linear, values, own, **options)
+    report = compiled(arch, triton_linear._linear, values, own, **options)
+    return report | {"allowed": tile.bytes(K // size, size, bytes_, given)}
 
 
 def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:

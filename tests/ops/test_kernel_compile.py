@@ -42,7 +42,7 @@ def compile_for(arch: int, folder: Path, *options: str) -> list[dict[str, Any]]:
 
 
 def check(arch: int, reports: list[dict[str, Any]]) -> None:
-    too_large = [report for report in reports if report["shared"] > SHARED[arch] * 1024]
+    too_large = [report for report in reports if report["shared"] > min(SHARED[arch] * 1024, report.get("allowed", 1 << 30))]
     assert not too_large
     assert not [report for report in reports if report.get("serialised")], "ptxas serialises tensor-core products"
 

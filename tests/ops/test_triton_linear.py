@@ -21,11 +21,12 @@ from gdn.ops.triton_linear import Tile
 from gdn.ops.triton_rows import Normed, Residual, embed, operand_dtype
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+DESCRIBE = linear.TensorDescriptor.from_tensor
 BOUND = {torch.float32: 1e-5, torch.float16: 2e-3}
 EPS = 1e-3
 FEW, STEPS = Tile(16, 16, 0, 1, 4), Tile(16, 32, 64, 2, 4)
-COPIED = STEPS._replace(copied=True)
-TILES = {"table": None, "few": FEW, "steps": STEPS, "copied": COPIED}
+COPIED, HALVES = STEPS._replace(copied=True), STEPS._replace(columns=32)  # halves of a segment
+TILES = {"table": None, "few": FEW, "steps": STEPS, "copied": COPIED, "halves": HALVES._replace(copied=True)}
 ALL = TILES | {f"{name}, split": tile._replace(split=True) for name, tile in TILES.items() if tile}
 
 
@@ -82,14 +83,14 @@ def test_down_and_added(B: int, dtype: torch.dtype, tile: Tile | None) -> None:
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
 @pytest.mark.parametrize("tile", TILES.values(), ids=TILES)
 def test_normed_rows_fed(B: int, dtype: torch.dtype, tile: Tile | None) -> None:
-    (given, wanted), weight = normed(B, 320, dtype), normal(2 * 96, 320).to(dtype) / 8
+    (given, wanted), weight = normed(B, 320, dtype), normal(2 * 88, 320).to(dtype) / 8
     gate, up = (wanted @ weight.double().T).chunk(2, dim=-1)
     assert relative_error(linear.feed(given, weight, EPS, tile), F.silu(gate) * up) <= BOUND[dtype]
 
 
 @pytest.mark.parametrize("B", [1, 20])
 @pytest.mark.parametrize("dtype", BOUND, ids=str)
-@pytest.mark.parametrize("tile", [None, STEPS], ids=str)
+@pytest.mark.parametrize("tile", [None, STEPS, COPIED], ids=str)
 def test_logits(B: int, dtype: torch.dtype, tile: Tile | None) -> None:
     (given, wanted), weight = normed(B, 192, dtype), normal(70, 192).to(dtype)
     assert relative_error(linear.logits(given, weight, EPS, tile), wanted @ weight.double().T) <= BOUND[dtype]
@@ -113,6 +114,17 @@ def test_a_projection_and_its_convolution(B: int, tile: Tile | None, W: int, bia
     assert relative_error(got[:, :40], y) <= BOUND[dtype] and relative_error(got[:, 40:], newest[:, 40:]) <= BOUND[dtype]
     assert W == 1 or relative_error(window, moved) <= BOUND[dtype]
     assert W < 3 or torch.equal(window[:, :-1], moved[:, :-1])
+
+
+def test_blocks_are_asked_for_where_they_are_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[list[int]] = []
+    monkeypatch.setattr(linear.TensorDescriptor, "from_tensor", lambda x, block: asked.append(block) or DESCRIBE(x, block))
+    (given, _), weight = normed(20, 128, torch.float16), normal(64, 128).half()
+    for tile in (STEPS, COPIED):
+        linear.logits(given, weight, EPS, tile)
+        linear.feed(given, weight, EPS, tile)
+    on_old_gpus = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] < 9
+    assert asked == ([] if on_old_gpus else [[16, 64], [1, 32, 64], [16, 64], [2, 16, 64]])
 
 
 def test_rows_that_float16_cannot_hold() -> None:
@@ -143,7 +155,7 @@ def test_no_bits_hang_on_the_tile() -> None:
     """Each product's, at each kind of tile; of heads also one alone."""
     dtype, wide = torch.float16 if DEVICE == "cuda" else torch.float32, Tile(64, 64, 64, 2, 4)
     found: dict[str, list[Tensor]] = {"heads": [], "head alone": [], "down": [], "ffn": [], "logits": [], "projections": []}
-    tiles = (FEW, STEPS, wide, COPIED, wide._replace(copied=True))
+    tiles = (FEW, STEPS, HALVES, wide, COPIED, HALVES._replace(copied=True), wide._replace(copied=True))
     for tile in (*tiles, *(tile._replace(split=True) for tile in tiles)):
         (rows, _), (heads, _) = normed(20, 320, dtype), normed(20, 384, dtype, 6)
         to, then, alone = (residual(20, 80, dtype) for _ in range(3))

@@ -4,13 +4,14 @@ Hopper's programmatic dependent launch; elsewhere, and in the interpreter, a cha
 a chain calls `begin`, and `wait` before it touches anything that a kernel of the chain wrote; the first is launched as a start.
 """
 
-from functools import cache
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+from gdn.ops.triton_configs import hopper
 
 MOST_ROWS = (
     16  # ms a token without its draw, chained and not, on an H200: 64 rows 1.55 and 1.41, 128 2.56 and 2.39, 256 4.35 and 4.03
@@ -23,14 +24,9 @@ def link(device: torch.device, start: bool = False, rows: int = 1) -> dict[str, 
     rows: of a token, whose layers' kernels follow one another beyond MOST_ROWS: what waits beside the kernel of the states
     takes room from it, which costs more than an early begin saves.
     """
-    if rows > MOST_ROWS or not _hopper(device):
+    if rows > MOST_ROWS or not hopper(device):
         return {"CHAINED": False}
     return {"CHAINED": True} if start else {"CHAINED": True, "launch_pdl": True}
-
-
-@cache
-def _hopper(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9
 
 
 @triton.jit

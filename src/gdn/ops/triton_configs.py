@@ -3,6 +3,7 @@
 Hopper's own kernels (`triton_hopper_*`) have theirs in their code; these are the general ones.
 """
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
@@ -88,6 +89,7 @@ def shared_memory(device: torch.device) -> int:
     return found
 
 
-def copies_blocks(device: torch.device) -> bool:
-    """Whether it has an engine that copies blocks of a matrix to shared memory: Hopper and later; the interpreter plays one."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device)[0] >= 9
+@cache
+def hopper(device: torch.device) -> bool:
+    """Whether it is a GPU of Hopper or later: kernels may begin early, and an engine copies blocks of a matrix."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9

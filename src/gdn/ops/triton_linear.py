@@ -21,7 +21,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from gdn.ops.triton_chain import begin, link, prefetch, wait
-from gdn.ops.triton_configs import KIB, copies_blocks, shared_memory
+from gdn.ops.triton_configs import KIB, hopper, shared_memory
 from gdn.ops.triton_rows import (
     PARTS,
     SQUARES,
@@ -46,7 +46,7 @@ class Tile(NamedTuple):
     stages: int
     num_warps: int
     split: bool = False  # a group of segments each
-    copied: bool = False  # by the GPU's copy engine, where it has one, not by threads
+    copied: bool = False  # as blocks, by the GPU's copy engine, where it has one; else by threads
 
     def bytes(self, segments: int, size: int, itemsize: int, given: int) -> int:
         """Of shared memory, for so many segments of `size` columns, of which a fourth is a group; bytes of an element of the
@@ -56,7 +56,8 @@ class Tile(NamedTuple):
             return (self.rows + self.weight_rows) * at_once * size * itemsize + KIB  # and what sums across warps
         columns = min(self.columns, size)
         rounded = 0 if given == itemsize else self.rows * columns * itemsize
-        return (self.rows * given + self.weight_rows * itemsize) * columns * self.stages + rounded + KIB
+        barriers = 16 * self.stages if self.copied else 0
+        return (self.rows * given + self.weight_rows * itemsize) * columns * self.stages + rounded + barriers + KIB
 
 
 _FEW = Tile(16, 16, 0, 1, 4)
@@ -182,7 +183,7 @@ def _product(
     else:
         x = next_h = next_squares = parts = arrived = None
     blocks: tuple[TensorDescriptor | None, ...] = (None, None)
-    if tile.copied and columns and copies_blocks(h.device):
+    if tile.copied and columns and (hopper(h.device) or not h.is_cuda):
         halves = 2 if product == "ffn" else 1
         of_weight = weight.view(halves, N // halves, K), [halves, tile.weight_rows // halves, columns]
         blocks = TensorDescriptor.from_tensor(h, [tile.rows, columns]), TensorDescriptor.from_tensor(*of_weight)
@@ -280,7 +281,7 @@ def _by_steps(
 ):  # fmt: skip
     """The sum over K, a step after another.
 
-    PAIRED: a tile's rows of the weight are a gate's and an up's in turn; of blocks, half are a gate's.
+    PAIRED: a tile's rows of the weight are a gate's and an up's in turn; those of blocks, the gate's and then the up's.
     """
     there = (row < rows)[:, None]  # zeros for the others, nothing read in their place
     row = tl.minimum(row, rows - 1)
@@ -316,7 +317,7 @@ def _by_steps(
                 part = tl.fma(acc, factor, part)
                 acc = zero
                 if SEGMENTS > GROUP:  # noqa: SIM102
-                    if (start + BK) % (GROUP * SEGMENT) == 0:
+                    if BK == GROUP * SEGMENT or (start + BK) % (GROUP * SEGMENT) == 0:
                         total += part
                         part = zero
     if HEADS:  # noqa: SIM102
@@ -332,8 +333,7 @@ def _by_steps(
     if HEADS and not BY_HEAD and not EARLY:
         total = total * tl.reshape(scales, [BB, 1])
     if PAIRED and weight_blocks is not None:
-        gate, up = tl.split(tl.permute(tl.reshape(total, [BB, 2, BN // 2]), (0, 2, 1)))
-        total = tl.interleave(gate, up)
+        total = tl.reshape(tl.permute(tl.reshape(total, [BB, 2, BN // 2]), (0, 2, 1)), [BB, BN])
     return total
 
 
