@@ -130,8 +130,9 @@ def _training(report: RunReport, history: History) -> str:
         figure(
             "Held-out bits per byte",
             line_chart([bits], "held-out bits per byte", x, references=levels),
-            "The same surprise counted per byte of text, so that it compares with a compressor. A dashed line is a "
-            "baseline; below it, the model predicts this text better.",
+            "The same surprise counted per byte of text, so that it compares with a compressor; a dashed line is a baseline. "
+            "During training it may be of a part of the held-out text; a baseline and the number at the top are of all of it, "
+            "up to two million tokens: the curve's end may differ from that number.",
         ),
         figure(
             "Learning rate",
