@@ -71,12 +71,10 @@ def variants(product: str, rows: int) -> list[Tile]:
     splits = (False, True) if product in ("output", "down") else (False,)
     if rows <= 16:
         return [tile for tile in FEW if tile.split in splits]
-    table = tile_for(product, rows, 4, 256, 2, 2, shared_memory(torch.device("cuda")))
-    return [table._replace(copied=True)] + [
-        Tile(*shape, split, copied=True)
-        for shape in MANY[min((most for most in MANY if rows <= most), default=max(MANY))]
-        for split in splits
-    ]  # type: ignore[misc]
+    shapes = MANY[min((most for most in MANY if rows <= most), default=max(MANY))]
+    tiles = [Tile(*shape, split, copied=True) for shape in shapes for split in splits]
+    own = tile_for(product, rows, 4, 256, 2, 2, shared_memory(torch.device("cuda")))._replace(copied=True)
+    return [own, *(tile for tile in tiles if tile != own)]
 
 
 def build(layers: int) -> GatedDeltaNetLM:
