@@ -183,7 +183,7 @@ def chained(which: frozenset[str]) -> Iterator[None]:
         product(name, *arguments, **options)
 
     def choosing(name: str | None) -> Callable[..., dict[str, Any]]:
-        return lambda device, start=False, rows=1: link(device, start) if (name or now[0]) in which else {"CHAINED": False}
+        return lambda device, start=False, **_: link(device, start) if (name or now[0]) in which else {"CHAINED": False}
 
     triton_linear._product, triton_linear.link, triton_layer_step.link = noting, choosing(None), choosing("middle")  # type: ignore[assignment]
     try:

@@ -159,8 +159,8 @@ def other_kernels(arch: int, K: int) -> Iterator[dict[str, Any]]:
         yield compiled(arch, kernel, layer, constants, num_warps=triton_gates.NUM_WARPS)
 
 
-def products(arch: int, product: str, rows: int, dtype: str = "bf16", tile: triton_linear.Tile | None = None) -> dict[str, Any]:
-    """A product of decoding, of the published size, by the tile for so many rows or another."""
+def products(arch: int, product: str, rows: int, dtype: str = "bf16") -> dict[str, Any]:
+    """A product of decoding, of the published size, by the tile for so many rows."""
     x, f = "*" + dtype, "*fp32"
     bytes_, given = {"bf16": (2, 2), "fp16": (2, 4), "fp32": (4, 4)}[dtype]
     N, K, size = {
@@ -171,7 +171,7 @@ def products(arch: int, product: str, rows: int, dtype: str = "bf16", tile: trit
         "head": (32000, 1024, 1024),
     }[product]
     given = bytes_ if product == "down" else given
-    tile = tile or triton_linear.tile_for(product, rows, K // size, size, bytes_, given, SHARED[arch] * 1024)
+    tile = triton_linear.tile_for(product, rows, K // size, size, bytes_, given, SHARED[arch] * 1024)
     values = dict.fromkeys(("x", "weight", "out", "next_h", "window", "conv"), x) | {"arrived": "*i32", "rows": "i32"}
     values |= {"x": f if given == 4 else x, "next_h": x if dtype == "bf16" else f}  # rows that are yet to be scaled
     values |= dict.fromkeys(("squares", "residual", "norm", "next_squares", "parts"), f) | {"eps": "fp32", "bias": None}
@@ -191,11 +191,14 @@ def products(arch: int, product: str, rows: int, dtype: str = "bf16", tile: trit
         halves = 2 if product == "ffn" else 1
         values["x_blocks"] = f"tensordesc<{values['x'][1:]}[{tile.rows},{tile.columns}]>"
         values["weight_blocks"] = f"tensordesc<{dtype}[{halves},{tile.weight_rows // halves},{tile.columns}]>"
-    chained = arch >= 90 and rows <= triton_chain.MOST_ROWS
+    most = triton_chain.MOST_ROWS_BESIDE_STATES if product == "output" else triton_chain.MOST_ROWS
+    chained = arch >= 90 and rows <= most
     own |= {"N": N, "K": K, "SEGMENT": size, "TO": product, "SPLIT": tile.split, "CHAINED": chained}
     own |= {"BB": tile.rows, "BN": tile.weight_rows, "BK": tile.columns}
     options = {"num_warps": tile.num_warps, "num_stages": tile.stages} | ({"launch_pdl": True} if chained else {})
     report = compiled(arch, triton_linear._linear, values, own, **options)
+    if dtype == "fp16":  # the FFN's come one by one, copied or not: its rows are rounded from float32 first
+        report.pop("serialised", None)
     return report | {"allowed": tile.bytes(K // size, size, bytes_, given)}
 
 
@@ -225,10 +228,9 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
 
 
 def copied_products() -> Iterator[dict[str, Any]]:
-    """Of the published size, for many rows, whose tiles Hopper's engine copies."""
-    for product in triton_linear.TILES:
-        size, split = (64, 64) if product == "head" else (32, 256), product == "down"
-        yield products(90, product, 64, tile=triton_linear.Tile(64, *size, 3, 4, split, copied=True))
+    """Of the published size, for many rows, those of the table that Hopper's engine copies."""
+    for product, tiles in triton_linear.TILES.items():
+        yield from (products(90, product, rows) for rows, tile in tiles.items() if tile.copied)
 
 
 def training_kernels(arch: int) -> Iterator[dict[str, Any]]:

@@ -13,18 +13,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdn.ops.triton_configs import hopper
 
-MOST_ROWS = (
-    16  # ms a token without its draw, chained and not, on an H200: 64 rows 1.55 and 1.41, 128 2.56 and 2.39, 256 4.35 and 4.03
-)
+# Rows of a token whose kernels are chained; and those for which the states' kernel and the one after it are too.
+MOST_ROWS, MOST_ROWS_BESIDE_STATES = 64, 16
 
 
-def link(device: torch.device, start: bool = False, rows: int = 1) -> dict[str, Any]:
+def link(device: torch.device, start: bool = False, rows: int = 1, beside_states: bool = False) -> dict[str, Any]:
     """Options of a launch that calls `begin` and `wait`: of a chain's link, or of its start, before which all is done.
 
-    rows: of a token, whose layers' kernels follow one another beyond MOST_ROWS: what waits beside the kernel of the states
-    takes room from it, which costs more than an early begin saves.
+    beside_states: whether it would wait beside the kernel of the states, or is that kernel. What waits there takes room from
+    it, which costs more than an early begin saves where rows are many: on an H200 a token of 64 rows without its draw takes
+    1.343 ms unchained, 1.306 as this chains it, 1.334 with all chained; 256 rows 3.75, 3.93 and 4.20 (docs/log.md).
     """
-    if rows > MOST_ROWS or not hopper(device):
+    if rows > (MOST_ROWS_BESIDE_STATES if beside_states else MOST_ROWS) or not hopper(device):
         return {"CHAINED": False}
     return {"CHAINED": True} if start else {"CHAINED": True, "launch_pdl": True}
 

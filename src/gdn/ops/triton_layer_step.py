@@ -43,7 +43,7 @@ def layer_step(
     _layer_step[(B * HV * (V // columns),)](
         projected, A_log, dt_bias, norm, state, h, squares, K**-0.5, STRIDE=projected.shape[1],
         H=H, HV=HV, K=K, V=V, BV=columns, GATED=gated, DOUBLE=allow_neg_eigval,
-        EVICT_FIRST=config.evict_first, num_warps=config.num_warps, **link(h.device, rows=B),
+        EVICT_FIRST=config.evict_first, num_warps=config.num_warps, **link(h.device, rows=B, beside_states=True),
     )  # fmt: skip
     return Normed(h, squares)
 

@@ -12,6 +12,7 @@ part of a tile adds all parts, in their order. So a row has the same bits beside
 # mypy: disable-error-code=assignment
 # Tuples grow in kernels.
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -60,30 +61,30 @@ class Tile(NamedTuple):
         return (self.rows * given + self.weight_rows * itemsize) * columns * self.stages + rounded + barriers + KIB
 
 
-_FEW = Tile(16, 16, 0, 1, 4)
-# By product: up to so many rows, and beyond the last. The best of five or six at 1 and 16 rows, of ten or so at 64 and 256
-# (docs/log.md).
+_FEW, _copied = Tile(16, 16, 0, 1, 4), partial(Tile, copied=True)
+# By product: up to so many rows, and beyond the last. The best of five or six at 1 and 16 rows, of ten to twenty at 32, 64 and
+# 256 (docs/log.md).
 TILES: dict[str, dict[int, Tile]] = {
     "projections": {
         16: _FEW,
-        32: Tile(32, 32, 128, 4, 4),
-        64: Tile(64, 32, 256, 4, 4),
+        32: _copied(32, 64, 256, 4, 4),
+        64: _copied(64, 32, 256, 4, 4),
         128: Tile(64, 64, 128, 3, 4),
-        256: Tile(128, 64, 128, 3, 8),
+        256: _copied(128, 64, 128, 4, 8),
     },
-    "output": {16: _FEW, 32: Tile(32, 16, 256, 3, 4), 64: Tile(64, 16, 256, 3, 4), 256: Tile(64, 32, 128, 4, 4)},
+    "output": {16: _FEW, 32: _copied(32, 16, 256, 3, 4), 64: _copied(64, 16, 256, 4, 4), 256: _copied(64, 32, 256, 4, 4)},
     "ffn": {
         16: Tile(16, 32, 0, 1, 4),
         32: Tile(32, 64, 128, 3, 4),
-        64: Tile(64, 64, 128, 5, 4),
+        64: _copied(64, 64, 128, 5, 4),
         128: Tile(128, 64, 64, 4, 8),
-        256: Tile(128, 128, 64, 4, 8),
+        256: _copied(128, 128, 64, 6, 8),
     },
     "down": {
         16: _FEW._replace(split=True),
-        32: Tile(32, 32, 256, 3, 4, True),
-        64: Tile(64, 32, 256, 3, 4, True),
-        256: Tile(128, 64, 128, 3, 8, True),
+        32: _copied(32, 16, 256, 4, 4, split=True),
+        64: _copied(64, 32, 256, 4, 4, split=True),
+        256: _copied(64, 32, 256, 4, 4),
     },
     "head": {16: Tile(16, 128, 128, 4, 4), 64: Tile(64, 128, 64, 4, 4), 256: Tile(128, 256, 64, 3, 8)},
 }
@@ -194,7 +195,7 @@ def _product(
         HEADS=0 if squares is None else heads, SUMS=0 if squares is None else squares.shape[2],
         TO=product, W=convolution.get("W", 1), D=convolution.get("D", 1), SPLIT=split,
         BB=tile.rows, BN=tile.weight_rows, BK=columns,
-        num_warps=tile.num_warps, num_stages=tile.stages, **link(weight.device, rows=B),
+        num_warps=tile.num_warps, num_stages=tile.stages, **link(weight.device, rows=B, beside_states=product == "output"),
     )  # fmt: skip
 
 
