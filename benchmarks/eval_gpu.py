@@ -194,7 +194,7 @@ def busy(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
     """How long a kernel ran, task by task, from a trace of all kernels; the wall clock is that of a run without the trace."""
     device = torch.device(args.device)
     tokenizer = harness.load_tokenizer(folder)
-    lm = harness.adapt(Scorer(load_model(folder, dtype=torch.bfloat16, device=device)), tokenizer)
+    lm = harness.adapt(Scorer(load_model(folder, dtype=torch.bfloat16, device=device).requires_grad_(False)), tokenizer)
     tasks: dict[str, Any] = rows["busy"]["tasks"] if "busy" in rows else {}
     for work in harness.plan(["card"]):
         if work.name in tasks:
@@ -255,7 +255,9 @@ def peer(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
     tokenizer = harness.load_tokenizer(folder)
     model, name = peer_model(args, folder)
     hflm = CountingHFLM(pretrained=model, tokenizer=tokenizer, batch_size=1, backend="causal", max_length=2048)
-    ours = harness.adapt(Scorer(load_model(folder, dtype=torch.bfloat16, device=torch.device(args.device))), tokenizer)
+    ours = harness.adapt(
+        Scorer(load_model(folder, dtype=torch.bfloat16, device=torch.device(args.device)).requires_grad_(False)), tokenizer
+    )
     clocks = {"gdn": Clock(ours), "hflm": Clock(hflm)}
 
     def run(which: str, work: harness.Work, limit: int) -> dict[str, Any]:

@@ -16,9 +16,10 @@ pytest.importorskip("lm_eval")
 from eval_testing import make_documents, make_model, write_data, write_tokenizer
 
 from gdn.cli import main
+from gdn.cli_eval import expects_workers
 from gdn.eval import harness
 from gdn.eval.scoring import Scorer
-from gdn.evaluate import _Table
+from gdn.evaluate import Options, _open, _Table
 from gdn.model.load import save_model
 
 
@@ -167,6 +168,28 @@ def test_comparison_of_two_results(checkpoint: Path, data: Path, tmp_path: Path,
     assert "boolq" in shown and "noise" in shown and "max_length: 96, 48" in shown
     assert run("compare", tmp_path / "a") == 2
     assert "takes two folders of results; got 1" in capsys.readouterr().err
+
+
+def test_the_model_is_not_one_in_training(checkpoint: Path) -> None:
+    """Of such a one a GPU captures no steps: texts take twice as long."""
+    scorer = _open(checkpoint, Options(None), torch.device("cpu"), torch.float32, [])
+    assert not any(parameter.requires_grad for parameter in scorer.model.parameters())
+
+
+def test_workers_begin_before_the_harness_is_imported_where_they_are_likely(
+    checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cpu, cuda = torch.device("cpu"), torch.device("cuda")
+    assert expects_workers(None, cuda) and expects_workers(2, cpu)
+    assert not (expects_workers(None, cpu) or expects_workers(1, cuda) or expects_workers(0, cuda))
+    monkeypatch.setattr("gdn.eval.forkserver.begin", lambda: sys.exit("begun"))
+    monkeypatch.setitem(sys.modules, "gdn.eval.harness", None)
+    with pytest.raises(SystemExit, match="begun"):
+        run(checkpoint, "--workers", 2)
+    with pytest.raises(ImportError, match=r"gdn\.eval\.harness"):
+        run(checkpoint, "--workers", 1)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert not expects_workers(None, cuda)
 
 
 def test_what_cannot_be_evaluated_is_named(

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from gdn.errors import GDNError
 
 if TYPE_CHECKING:
+    import torch
     from rich.console import Console
     from rich.table import Table
 
@@ -62,6 +63,11 @@ def _eval(args: argparse.Namespace) -> int:
     if args.data is not None:
         os.environ["HF_HUB_OFFLINE"] = "1"
     from gdn.cli import find_checkpoint, find_device
+    from gdn.eval import forkserver
+
+    device = find_device(args.device)
+    if expects_workers(args.workers, device):
+        forkserver.begin()  # it imports while we do
     from gdn.distributed.mesh import join
     from gdn.eval.harness import open_folder
     from gdn.evaluate import Options, evaluate
@@ -82,10 +88,15 @@ def _eval(args: argparse.Namespace) -> int:
         workers=args.workers,
     )
     out = args.out or (local / "eval" if local.exists() else Path("eval") / local.name)
-    with join(find_device(args.device)) as device:
-        evaluate(folder, options, out, device, console)
+    with join(device) as own:
+        evaluate(folder, options, out, own, console)
     console.print(f"{out}: results.json, report.html", highlight=False)
     return 0
+
+
+def expects_workers(asked: int | None, device: "torch.device") -> bool:
+    """What `gdn.eval.workers.choose_workers` will likely say of more than one, before there is a model to ask about."""
+    return asked > 1 if asked is not None else device.type == "cuda" and "WORLD_SIZE" not in os.environ
 
 
 def _console() -> "Console":

@@ -177,7 +177,8 @@ class _Table:
 def _open(folder: Path, options: Options, device: torch.device, dtype: torch.dtype, early: Sequence[harness.Work]) -> Any:
     """The model in `folder`: a Scorer, or of another architecture the harness's own. early: what it may warm up for."""
     if is_ours(folder):
-        scorer = Scorer(load_model(folder, dtype=dtype, device=device), token_budget=options.token_budget)
+        model = load_model(folder, dtype=dtype, device=device).requires_grad_(False)  # else texts are not captured steps'
+        scorer = Scorer(model, token_budget=options.token_budget)
         if early:
             scorer.warm_up(texts=any(work.length for work in early))
         return scorer

@@ -74,7 +74,8 @@ def prepare(scorer: Any, progress: Callable[[int, int], None] | None) -> Callabl
             os.kill(os.getpid(), signal.SIGKILL)
         blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         given = [torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]]
-        return {"pid": os.getpid(), "given": given, "deaf": blocked}
+        copied = "gdn.evaluate" in sys.modules  # which nothing here imports
+        return {"pid": os.getpid(), "parent": os.getppid(), "given": given, "deaf": blocked, "copied": copied}
 
     return measure
 
@@ -129,6 +130,14 @@ def test_tasks_run_the_longest_first_in_processes_that_share_the_cores(monkeypat
     assert all(result["given"] == [1, "3", ""] and result["deaf"] for result in found.values())
     assert begun() == ["hellaswag", "slow", "piqa", "copa"] and next(iter(found)) == "hellaswag"
     assert "RAYON_NUM_THREADS" not in os.environ and os.environ["CUDA_VISIBLE_DEVICES"] == "3"
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="spawned elsewhere")
+def test_workers_are_copies_of_one_process_that_has_imported_the_harness() -> None:
+    pytest.importorskip("lm_eval")
+    results = [result for _ in range(2) for result in measure("copa piqa").values()]
+    assert len({result["pid"] for result in results}) == 4 and all(result["copied"] for result in results)
+    assert len({result["parent"] for result in results} - {os.getpid()}) == 1
 
 
 def test_asks_are_answered_here() -> None:

@@ -11,9 +11,9 @@ import signal
 import threading
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Collection, Generator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import TYPE_CHECKING, Any
@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from gdn.errors import ConfigError, GDNError, RunError
+from gdn.eval import forkserver
 from gdn.eval.requests import Likelihood, Request
 from gdn.eval.scoring import without_collector
 from gdn.model.config import ModelConfig
@@ -130,8 +131,10 @@ def _spread(
 ) -> Results:
     team = _Team(works, show)
     try:
-        team.start(workers, prepare, config)
-        scorer = opener()  # while workers import, read documents and make requests
+        with ThreadPoolExecutor(1) as pool:
+            starting = pool.submit(team.start, forkserver.begin(), workers, prepare, config)
+            scorer = opener()  # while workers begin, read documents and make requests
+            starting.result()
         while team.busy():
             team.take(0 if team.asks else None)
             if team.asks:
@@ -157,14 +160,13 @@ class _Team:
         self.failed = len(works)  # the first that has; what comes behind it is not wanted any more
         self.error: Exception | None = None
 
-    def start(self, workers: int, prepare: Prepare, config: ModelConfig | None) -> None:
-        context = multiprocessing.get_context("spawn")  # a fork would have the parent's CUDA, which it could not use
-        level = logging.getLogger("lm_eval").level
-        resource_tracker.ensure_running()  # else the first start begins it, and it unblocks signals
-        with _environment(workers), _without_interrupts():
+    def start(self, context: Any, workers: int, prepare: Prepare, config: ModelConfig | None) -> None:
+        """context: multiprocessing's, of the processes."""
+        level, environment = logging.getLogger("lm_eval").level, _environment(workers)
+        with forkserver.without_interrupts():
             for _ in range(workers):
                 ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, prepare, config, level))
+                process = context.Process(target=_work, args=(theirs, prepare, config, level, environment))
                 process.start()
                 self.processes[ours] = process
                 theirs.close()  # so that its end is seen here when the process has gone
@@ -234,34 +236,19 @@ class _Team:
                 connection.send(work)
 
 
-@contextmanager
-def _environment(workers: int) -> Iterator[None]:
-    """For processes started within: no GPU, and a share of the cores; libraries ask for both when they are loaded."""
+def _environment(workers: int) -> dict[str, str]:
+    """Of each worker: no GPU, and, unless the user says otherwise, a share of the cores."""
     share = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(max(1, usable_cores(physical=False) // workers))}
-    changed = {"CUDA_VISIBLE_DEVICES": ""} | {name: value for name, value in share.items() if name not in os.environ}
-    before = {name: os.environ[name] for name in changed if name in os.environ}
-    os.environ.update(changed)
-    try:
-        yield
-    finally:
-        for name in changed:
-            del os.environ[name]
-        os.environ.update(before)
+    return {"CUDA_VISIBLE_DEVICES": ""} | {name: os.environ.get(name, value) for name, value in share.items()}
 
 
-@contextmanager
-def _without_interrupts() -> Iterator[None]:
-    """Processes started within never see Ctrl-C, which a terminal sends to all: it is this one's to answer."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _work(connection: Connection, prepare: Prepare, config: ModelConfig | None, level: int) -> None:
+def _work(
+    connection: Connection, prepare: Prepare, config: ModelConfig | None, level: int, environment: dict[str, str]
+) -> None:
     """A worker: tasks and answers in; asks, results and errors out, until it is killed or its parent is gone."""
     threading.Thread(target=_die_with_parent, daemon=True).start()
+    os.environ.update(environment)
+    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # which torch asked for before it was set
     # Libraries start processes and make locks as elsewhere: named semaphores, spawn's, would be left behind by who is killed.
     multiprocessing.set_start_method(None, force=True)
     logging.getLogger("lm_eval").setLevel(level)
