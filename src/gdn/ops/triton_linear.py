@@ -62,14 +62,14 @@ class Tile(NamedTuple):
 
 
 _FEW, _copied = Tile(16, 16, 0, 1, 4), partial(Tile, copied=True)
-# By product: up to so many rows, and beyond the last. The best of five or six at 1 and 16 rows, of ten to twenty at 32, 64 and
-# 256 (docs/log.md).
+# By product: up to so many rows, and beyond the last. The best of five or six at 1 and 16 rows, of ten to twenty at 32, 64, 128
+# and 256 (docs/log.md).
 TILES: dict[str, dict[int, Tile]] = {
     "projections": {
         16: _FEW,
         32: _copied(32, 64, 256, 4, 4),
         64: _copied(64, 32, 256, 4, 4),
-        128: Tile(64, 64, 128, 3, 4),
+        128: _copied(64, 64, 256, 3, 4),
         256: _copied(128, 64, 128, 4, 8),
     },
     "output": {16: _FEW, 32: _copied(32, 16, 256, 3, 4), 64: _copied(64, 16, 256, 4, 4), 256: _copied(64, 32, 256, 4, 4)},
@@ -77,7 +77,7 @@ TILES: dict[str, dict[int, Tile]] = {
         16: Tile(16, 32, 0, 1, 4),
         32: Tile(32, 64, 128, 3, 4),
         64: _copied(64, 64, 128, 5, 4),
-        128: Tile(128, 64, 64, 4, 8),
+        128: _copied(128, 64, 128, 4, 8),
         256: _copied(128, 128, 64, 6, 8),
     },
     "down": {
