@@ -207,7 +207,7 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
     x, f, chained = "*bf16", "*fp32", {"CHAINED": arch >= 90}
     warps = {"num_warps": 4} | ({"launch_pdl": True} if arch >= 90 else {})
     values = dict.fromkeys(("h", "embeddings"), x) | {"ids": "*i32", "arrived": "*i32"}
-    values |= dict.fromkeys(("projected", "squares", "noise", "x", "logits", "noises", "chunks", "state", "norm"), f)
+    values |= dict.fromkeys(("projected", "squares", "noise", "x", "logits", "chunks", "state", "norm"), f)
     values |= dict.fromkeys(("A_log", "dt_bias"), f) | dict.fromkeys(("seeds", "position", "result"), "*i64")
     values |= dict.fromkeys(("rows", "V", "columns", "count", "top_k"), "i32")
     values |= dict.fromkeys(("scale", "inverse", "top_p"), "fp32")

@@ -69,6 +69,17 @@ def test_a_draw_is_that_of_the_sort(sampling: Sampling, levels: int | None) -> N
     assert torch.equal(got, by_sorting(x, sampling)) and fine == [1] * ROWS
 
 
+@pytest.mark.parametrize("vocab", [VOCAB, 1024, 5, 1])
+def test_no_draw_hangs_on_the_block(monkeypatch: pytest.MonkeyPatch, vocab: int) -> None:
+    """In which the search walks, and makes the noise again."""
+    x, sampling, found = logits(4)[:, :vocab].contiguous(), Sampling(2.0, None, 0.3), []
+    for block in (64, 1024, 4096):
+        monkeypatch.setattr(triton_draw, "_LARGEST_BLOCK", block)
+        found.append(chosen(x, sampling)[0])
+    wanted = draw(x, sampling, exponential_noise(*places(), vocab))
+    assert all(torch.equal(got, wanted) for got in found)
+
+
 @pytest.mark.parametrize("sampling", [Sampling(1.0, None, 0.1), Sampling(2.0, 3), Sampling(2.0, 40, 0.3)], ids=str)
 def test_what_is_drawn_was_kept_and_the_best_of_all_would_not_be(sampling: Sampling) -> None:
     """The control: without the search, most of these draws would lie outside the kept set."""

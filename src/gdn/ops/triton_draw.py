@@ -38,15 +38,14 @@ def choose(
     top_k = None if top_k is None or top_k >= V or temperature == 0 else top_k
     top_p = None if top_p is None or top_p >= 1 or temperature == 0 else top_p
     filtered = top_k is not None or top_p is not None
-    noises = torch.empty_like(logits) if filtered else None
     chain, inverse = link(logits.device), 1.0 / max(temperature, _TINY)
     _candidates[(B, count)](
-        logits, seeds, position, noises, chunks, ids, V, inverse, NOISE=temperature > 0, BLOCK=_BLOCK,
+        logits, seeds, position, chunks, ids, V, inverse, NOISE=temperature > 0, BLOCK=_BLOCK,
         num_warps=4, **chain,
     )  # fmt: skip
-    block = min(triton.next_power_of_2(V), _LARGEST_BLOCK)
+    block = min(triton.next_power_of_2(max(V, 16)), _LARGEST_BLOCK)
     _choose[(B,)](
-        logits, noises, chunks, ids, result, B, V, count, inverse, 0 if top_k is None else top_k,
+        logits, seeds, position, chunks, ids, result, B, V, count, inverse, 0 if top_k is None else top_k,
         1.0 if top_p is None else top_p, TOP_K=top_k is not None, TOP_P=top_p is not None,
         CHUNKS=triton.next_power_of_2(count), BLOCK=block, num_warps=max(min(block // 512, 32), 4) if filtered else 4, **chain,
     )  # fmt: skip
@@ -81,24 +80,20 @@ def _noise(seeds, position, noise, columns, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["inverse"])
 def _candidates(
-    logits, seeds, position, noises, chunks, ids, V, inverse,
+    logits, seeds, position, chunks, ids, V, inverse,
     NOISE: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     begin(CHAINED)
     wait(CHAINED)
     row, chunk, count = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     column = chunk * BLOCK + tl.arange(0, BLOCK)
-    place = row.to(tl.int64) * V + column
-    x = tl.load(logits + place, mask=column < V, other=float("-inf")) + 0.0
+    x = tl.load(logits + row.to(tl.int64) * V + column, mask=column < V, other=float("-inf")) + 0.0
     best = tl.max(x, 0)
     score = tl.where(x == float("-inf"), float("-inf"), (x - best) * inverse)  # of a chunk of nothing else too
     mass = tl.sum(tl.exp(score), 0)
     best = tl.where(tl.max((x != x).to(tl.int32), 0) > 0, float("nan"), best)
     if NOISE:
-        noise = -tl.log(_exponential(tl.load(seeds + row), tl.load(position + row), chunk, BLOCK))
-        score += noise
-        if noises is not None:
-            tl.store(noises + place, noise, mask=column < V)
+        score += -tl.log(_exponential(tl.load(seeds + row), tl.load(position + row), chunk, BLOCK))
     score, which = tl.max(score, 0, return_indices=True)
     target = row * count + chunk
     size = tl.num_programs(0) * count
@@ -122,13 +117,13 @@ def _betters(logits, x, token, best, inverse, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _best_of_betters(logits, noises, x, token, best, inverse, V, BLOCK: tl.constexpr):
-    """The token of the largest score among those that are better than this one."""
+def _best_of_betters(logits, seed, position, x, token, best, inverse, V, BLOCK: tl.constexpr):
+    """The token of the largest score among those that are better than this one. The noise is made again: few rows come here."""
     found, score = tl.zeros([BLOCK], tl.int32), tl.full([BLOCK], float("-inf"), tl.float32)
     for start in tl.range(0, V, BLOCK):
         column = start + tl.arange(0, BLOCK)
         other = tl.load(logits + column, mask=column < V, other=float("-inf"))
-        own = (other - best) * inverse + tl.load(noises + column, mask=column < V, other=0.0)
+        own = (other - best) * inverse - tl.log(_exponential(seed, position, start // BLOCK, BLOCK))
         take = ((other > x) | ((other == x) & (column < token))) & (own > score)
         found, score = tl.where(take, column, found), tl.where(take, own, score)
     _, which = tl.max(score, 0, return_indices=True)
@@ -171,7 +166,7 @@ def _mass_of_top(logits, best, inverse, V, top_k, BLOCK: tl.constexpr):
 
 @triton.jit(do_not_specialize=["rows", "inverse", "top_k", "top_p"])
 def _choose(
-    logits, noises, chunks, ids, result, rows, V, count, inverse, top_k, top_p,
+    logits, seeds, position, chunks, ids, result, rows, V, count, inverse, top_k, top_p,
     TOP_K: tl.constexpr, TOP_P: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     begin(CHAINED)
@@ -187,7 +182,7 @@ def _choose(
     token = tl.load(ids + row * count + which)
     if TOP_K or TOP_P:
         logits += row * V
-        noises += row * V
+        seed, place_in_text = tl.load(seeds + row), tl.load(position + row)
         whole = tl.load(chunks + size + place, mask=chunk < count, other=0.0)
         total = tl.sum(tl.where(whole > 0, whole * tl.exp((top - best) * inverse), 0.0), 0)
         if TOP_K and TOP_P:  # noqa: SIM102  known when compiled
@@ -204,6 +199,6 @@ def _choose(
                     kept = (ahead == 0) | ((ahead < top_k) & (mass < top_p * total))
             searching = not kept
             if searching:
-                token = _best_of_betters(logits, noises, x, token, best, inverse, V, BLOCK)
+                token = _best_of_betters(logits, seed, place_in_text, x, token, best, inverse, V, BLOCK)
     tl.store(result + row, token.to(tl.int64))
     tl.store(result + rows + row, fine.to(tl.int64))
