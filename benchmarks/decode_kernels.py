@@ -220,6 +220,10 @@ def sweep(model: GatedDeltaNetLM, rows: int, report: Report, until: float) -> No
     report.add(part, "best", {"ms": best, "tiles": {product: list(tile) for product, tile in chosen.items()}})
 
 
+def is_chained(product: str, rows: int) -> bool:
+    return bool(triton_chain.link(torch.device("cuda"), rows=rows, beside_states=product == "output")["CHAINED"])
+
+
 def compile_some(work: list[tuple[int, str | None, Tile | None, bool]]) -> None:
     """In a process of its own: what each launches lies in Triton's cache then."""
     model = build(1)
@@ -246,10 +250,7 @@ def main() -> None:
     ]
     if "tiles" in parts:
         work += [
-            (rows, name, tile, rows <= triton_chain.MOST_ROWS)
-            for rows in batches
-            for name in PRODUCTS
-            for tile in variants(name, rows)
+            (rows, name, tile, is_chained(name, rows)) for rows in batches for name in PRODUCTS for tile in variants(name, rows)
         ]
     with ProcessPoolExecutor(args.workers, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_some, [work[i :: args.workers] for i in range(args.workers)]))

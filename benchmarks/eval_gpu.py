@@ -292,8 +292,7 @@ def peer(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
         return min(found, key=lambda size: found[size]), {str(size): seconds for size, seconds in found.items()}
 
     works, small = harness.plan(["card"]), args.limit or 1000
-    generating = "peer, batch sizes" not in rows  # whether kernels for it are compiled
-    if generating:
+    if "peer, batch sizes" not in rows:
         scored, asked = next(w for w in works if w.name == "hellaswag"), next(w for w in works if w.length)
         trials = {
             "scored": best_size("scored", scored, min(100, small)),
@@ -308,10 +307,8 @@ def peer(args: argparse.Namespace, folder: Path, rows: Rows) -> None:
             continue
         limit = min(small, GENERATED if work.length else SUBSET[work.name])
         hflm.batch_size_per_gpu = best["generated" if work.length else "scored"]
-        if not (work.length and generating):  # kernels for these shapes compile
-            run("gdn", work, limit)
-            fitting(work, limit)
-        generating = generating or bool(work.length)
+        run("gdn", work, limit)  # kernels for these shapes compile
+        fitting(work, limit)
         mine = run("gdn", work, limit)
         seconds = clocks["gdn"].seconds
         theirs = fitting(work, limit)

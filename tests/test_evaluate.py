@@ -16,7 +16,6 @@ pytest.importorskip("lm_eval")
 from eval_testing import make_documents, make_model, write_data, write_tokenizer
 
 from gdn.cli import main
-from gdn.cli_eval import expects_workers
 from gdn.eval import harness
 from gdn.eval.scoring import Scorer
 from gdn.evaluate import Options, _open, _Table
@@ -54,14 +53,14 @@ def test_the_command_lets_the_number_of_processes_be_chosen_and_warms_up_where_t
     warmed: list[bool] = []
 
     def choose(workers: int | None, *_: object) -> int:
-        asked.append(workers)
-        return len(asked)
+        asked.append(workers)  # twice in each run
+        return 1 if len(asked) <= 2 else 2
 
     monkeypatch.setattr("gdn.eval.workers.choose_workers", choose)
     monkeypatch.setattr("gdn.eval.scoring.Scorer.warm_up", lambda self, texts: warmed.append(texts))
     for number in range(2):
         assert run(checkpoint, "--data", data, "--tasks", "copa,sciq", "--limit", 1, "--out", tmp_path / str(number)) == 0
-    assert asked == [None, None] and warmed == [False]
+    assert asked == [None] * 4 and warmed == [False]
 
 
 def test_our_tokenizer_is_read_without_transformers_models(checkpoint: Path) -> None:
@@ -179,17 +178,19 @@ def test_the_model_is_not_one_in_training(checkpoint: Path) -> None:
 def test_workers_begin_before_the_harness_is_imported_where_they_are_likely(
     checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    cpu, cuda = torch.device("cpu"), torch.device("cuda")
-    assert expects_workers(None, cuda) and expects_workers(2, cpu)
-    assert not (expects_workers(None, cpu) or expects_workers(1, cuda) or expects_workers(0, cuda))
     monkeypatch.setattr("gdn.eval.forkserver.begin", lambda: sys.exit("begun"))
     monkeypatch.setitem(sys.modules, "gdn.eval.harness", None)
-    with pytest.raises(SystemExit, match="begun"):
-        run(checkpoint, "--workers", 2)
+    for likely in (["--workers", 2], ["--workers", 3, "--tasks", "copa,sciq"]):
+        with pytest.raises(SystemExit, match="begun"):
+            run(checkpoint, *likely)
+    for unlikely in ([], ["--workers", 1], ["--workers", 2, "--tasks", "copa"]):
+        with pytest.raises(ImportError, match=r"gdn\.eval\.harness"):
+            run(checkpoint, *unlikely)
     with pytest.raises(ImportError, match=r"gdn\.eval\.harness"):
-        run(checkpoint, "--workers", 1)
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    assert not expects_workers(None, cuda)
+        run("owner/name", "--workers", 2)
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    with pytest.raises(ImportError, match=r"gdn\.eval\.harness"):
+        run(checkpoint, "--workers", 2)
 
 
 def test_what_cannot_be_evaluated_is_named(

@@ -66,8 +66,9 @@ def _eval(args: argparse.Namespace) -> int:
     from gdn.eval import forkserver
 
     device = find_device(args.device)
-    if expects_workers(args.workers, device):
-        forkserver.begin()  # it imports while we do
+    names = tuple(name.strip() for name in args.tasks.split(",") if name.strip())
+    if _expects_workers(args, names, device):
+        forkserver.begin()  # it imports the harness while we do
     from gdn.distributed.mesh import join
     from gdn.eval.harness import open_folder
     from gdn.evaluate import Options, evaluate
@@ -77,7 +78,7 @@ def _eval(args: argparse.Namespace) -> int:
     local = Path(args.checkpoint[0])
     options = Options(
         data=args.data,
-        tasks=tuple(name.strip() for name in args.tasks.split(",") if name.strip()),
+        tasks=names,
         limit=args.limit,
         num_fewshot=args.num_fewshot,
         ruler_lengths=_integers("--ruler-lengths", args.ruler_lengths),
@@ -94,9 +95,17 @@ def _eval(args: argparse.Namespace) -> int:
     return 0
 
 
-def expects_workers(asked: int | None, device: "torch.device") -> bool:
-    """What `gdn.eval.workers.choose_workers` will likely say of more than one, before there is a model to ask about."""
-    return asked > 1 if asked is not None else device.type == "cuda" and "WORLD_SIZE" not in os.environ
+def _expects_workers(args: argparse.Namespace, names: Sequence[str], device: "torch.device") -> bool:
+    """Whether workers will measure these tasks, by what can be told without the harness: of folders, not of the Hub's ids."""
+    local = Path(args.checkpoint[0])
+    if "LOCAL_RANK" in os.environ or not local.exists():
+        return False
+    from gdn.cli import find_checkpoint
+    from gdn.eval.workers import choose_workers
+    from gdn.model.load import is_ours
+
+    tasks = 99 if "card" in names else len(names)
+    return choose_workers(args.workers, tasks, device, is_ours(find_checkpoint(local))) > 1
 
 
 def _console() -> "Console":

@@ -74,8 +74,9 @@ def prepare(scorer: Any, progress: Callable[[int, int], None] | None) -> Callabl
             os.kill(os.getpid(), signal.SIGKILL)
         blocked = signal.SIGINT in signal.pthread_sigmask(signal.SIG_BLOCK, ())
         given = [torch.get_num_threads(), os.environ["RAYON_NUM_THREADS"], os.environ["CUDA_VISIBLE_DEVICES"]]
-        copied = "gdn.evaluate" in sys.modules  # which nothing here imports
-        return {"pid": os.getpid(), "parent": os.getppid(), "given": given, "deaf": blocked, "copied": copied}
+        copied, when = "gdn.evaluate" in sys.modules, os.environ.get("GDN_TEST_WHEN")  # nothing here imports that
+        own = {"pid": os.getpid(), "parent": os.getppid(), "copied": copied}
+        return own | {"given": given, "deaf": blocked, "when": when}
 
     return measure
 
@@ -138,6 +139,52 @@ def test_workers_are_copies_of_one_process_that_has_imported_the_harness() -> No
     results = [result for _ in range(2) for result in measure("copa piqa").values()]
     assert len({result["pid"] for result in results}) == 4 and all(result["copied"] for result in results)
     assert len({result["parent"] for result in results} - {os.getpid()}) == 1
+
+
+def test_workers_have_the_environment_of_now_and_the_users_threads(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OMP_NUM_THREADS", "3,1")  # a list, by nesting, as OpenMP has it
+    monkeypatch.setenv("RAYON_NUM_THREADS", "5")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        for when in ("first", "second"):
+            monkeypatch.setenv("GDN_TEST_WHEN", when)
+            result = measure("copa piqa")["copa"]
+            assert result["given"] == [3, "5", ""] and result["when"] == when
+    finally:
+        torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("how", ["a module of the same name", "a long name"])
+def test_workers_begin_wherever_they_are_called_from(tmp_path: Path, how: str) -> None:
+    """Importing nothing from the current folder, and where no socket's name would fit."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in [str(Path(__file__).parent), *sys.path] if path)}
+    if how == "a long name":
+        environment["TMPDIR"] = str(tmp_path / ("d" * 100))
+        Path(environment["TMPDIR"]).mkdir()
+    else:
+        (tmp_path / "datasets.py").write_text("raise SystemExit('not this one')\n")
+    script = "import test_eval_workers as t; print(sorted(t.measure('copa piqa')))"
+    command = [sys.executable, "-P", "-c", script]
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and done.stdout == "['copa', 'piqa']\n", done.stderr
+
+
+def test_the_model_is_opened_while_workers_begin() -> None:
+    def opener() -> FakeScorer:
+        until(lambda: len(begun()) == 2)
+        return FakeScorer()
+
+    assert set(measure("copa piqa", opener=opener)) == {"copa", "piqa"}
+
+
+def test_a_model_that_cannot_be_opened_ends_the_workers() -> None:
+    def opener() -> FakeScorer:
+        raise CheckpointError("no weights")
+
+    with pytest.raises(CheckpointError, match="no weights"):
+        measure("forever1 forever2", opener=opener)
+    until(lambda: not multiprocessing.active_children())
 
 
 def test_asks_are_answered_here() -> None:

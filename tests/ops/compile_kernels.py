@@ -191,13 +191,12 @@ def products(arch: int, product: str, rows: int, dtype: str = "bf16") -> dict[st
         halves = 2 if product == "ffn" else 1
         values["x_blocks"] = f"tensordesc<{values['x'][1:]}[{tile.rows},{tile.columns}]>"
         values["weight_blocks"] = f"tensordesc<{dtype}[{halves},{tile.weight_rows // halves},{tile.columns}]>"
-    most = triton_chain.MOST_ROWS_BESIDE_STATES if product == "output" else triton_chain.MOST_ROWS
-    chained = arch >= 90 and rows <= most
-    own |= {"N": N, "K": K, "SEGMENT": size, "TO": product, "SPLIT": tile.split, "CHAINED": chained}
+    triton_chain.hopper = lambda device: arch >= 90
+    chain = triton_chain.link(torch.device("cuda"), rows=rows, beside_states=product == "output")
+    own |= {"N": N, "K": K, "SEGMENT": size, "TO": product, "SPLIT": tile.split, "CHAINED": chain.pop("CHAINED")}
     own |= {"BB": tile.rows, "BN": tile.weight_rows, "BK": tile.columns}
-    options = {"num_warps": tile.num_warps, "num_stages": tile.stages} | ({"launch_pdl": True} if chained else {})
-    report = compiled(arch, triton_linear._linear, values, own, **options)
-    if dtype == "fp16":  # the FFN's come one by one, copied or not: its rows are rounded from float32 first
+    report = compiled(arch, triton_linear._linear, values, own, num_warps=tile.num_warps, num_stages=tile.stages, **chain)
+    if dtype == "fp16" and product == "ffn":  # come one by one, copied or not: its rows are rounded from float32 first
         report.pop("serialised", None)
     return report | {"allowed": tile.bytes(K // size, size, bytes_, given)}
 

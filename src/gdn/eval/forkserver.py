@@ -1,33 +1,41 @@
-"""The process that evaluation's workers are forked from: it imports the harness once, before they are wanted.
+"""The process that evaluation's workers are copies of: it imports the harness once, before they are wanted.
 
-The standard library alone, so that it can begin while its parent imports.
+The standard library alone, so that it can begin before its parent has imported the harness.
 """
 
 import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing import resource_tracker
 from multiprocessing.context import BaseContext
 
-_PRELOADED = ["gdn.evaluate", "nltk", "wonderwords"]  # what is not there is passed over: those two are RULER's
-
 
 def begin() -> BaseContext:
     """The context of workers. On Linux the process they are forked from begins now, if it is not there, and lasts as long as
-    this one: no fork of this process, whose CUDA they could not use. Elsewhere they are spawned, and import for themselves."""
-    if sys.platform != "linux":
-        return multiprocessing.get_context("spawn")
-    from multiprocessing import forkserver
+    this one: no fork of this process, whose CUDA they could not use. Elsewhere they are spawned, and import for themselves.
 
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(_PRELOADED)
-    resource_tracker.ensure_running()  # else the server begins it, and it unblocks signals
-    with without_interrupts(), _one_thread():
-        forkserver.ensure_running()
-    return context
+    It is multiprocessing's own: a program's other processes of that kind are its copies too, and if there is one already, with
+    other modules, workers are copies of that.
+    """
+    resource_tracker.ensure_running()  # else the first start begins it, and it unblocks signals
+    if sys.platform == "linux":
+        from multiprocessing import forkserver
+
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload(["gdn.eval.preload"])
+        # Modules are those of this process, whatever lies in the current folder; and no library's threads, which no copy has.
+        path = os.pathsep.join(part for part in sys.path if part)
+        began = {"PYTHONPATH": path, "PYTHONSAFEPATH": "1", "OMP_NUM_THREADS": "1"}
+        try:
+            with without_interrupts(), _environment(began):
+                forkserver.ensure_running()
+            return context
+        except OSError:  # a folder for temporary files whose name is too long for a socket
+            pass
+    return multiprocessing.get_context("spawn")
 
 
 @contextmanager
@@ -41,15 +49,13 @@ def without_interrupts() -> Iterator[None]:
 
 
 @contextmanager
-def _one_thread() -> Iterator[None]:
-    """Libraries that are imported by a process started within begin no threads, which a fork would not copy."""
-    name = "OMP_NUM_THREADS"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
+def _environment(changed: Mapping[str, str]) -> Iterator[None]:
+    """For a process started within."""
+    before = {name: os.environ[name] for name in changed if name in os.environ}
+    os.environ.update(changed)
     try:
         yield
     finally:
-        if before is None:
+        for name in changed:
             del os.environ[name]
-        else:
-            os.environ[name] = before
+        os.environ.update(before)

@@ -12,11 +12,11 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Generator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from contextlib import suppress
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -131,10 +131,9 @@ def _spread(
 ) -> Results:
     team = _Team(works, show)
     try:
-        with ThreadPoolExecutor(1) as pool:
-            starting = pool.submit(team.start, forkserver.begin(), workers, prepare, config)
-            scorer = opener()  # while workers begin, read documents and make requests
-            starting.result()
+        started = team.start(forkserver.begin(), workers, prepare, config)
+        scorer = opener()  # while workers begin, read documents and make requests
+        started.result()
         while team.busy():
             team.take(0 if team.asks else None)
             if team.asks:
@@ -159,19 +158,34 @@ class _Team:
         self.results: deque[tuple[Work, dict[str, Any]]] = deque()
         self.failed = len(works)  # the first that has; what comes behind it is not wanted any more
         self.error: Exception | None = None
+        self.ended = False
 
-    def start(self, context: Any, workers: int, prepare: Prepare, config: ModelConfig | None) -> None:
-        """context: multiprocessing's, of the processes."""
-        level, environment = logging.getLogger("lm_eval").level, _environment(workers)
-        with forkserver.without_interrupts():
-            for _ in range(workers):
-                ours, theirs = context.Pipe()
-                process = context.Process(target=_work, args=(theirs, prepare, config, level, environment))
-                process.start()
-                self.processes[ours] = process
-                theirs.close()  # so that its end is seen here when the process has gone
-        for connection in self.processes:
-            self._give(connection)
+    def start(self, context: Any, workers: int, prepare: Prepare, config: ModelConfig | None) -> Future[None]:
+        """Begin processes, of multiprocessing's `context`, and give them tasks: a thread waits for what they are copies of."""
+        level, settings, started = logging.getLogger("lm_eval").level, _Settings.of(workers), Future[None]()
+
+        def start() -> None:
+            try:
+                with forkserver.without_interrupts():
+                    for _ in range(workers):
+                        ours, theirs = context.Pipe()
+                        process = context.Process(target=_work, args=(theirs, prepare, config, level, settings))
+                        process.start()
+                        self.processes[ours] = process
+                        theirs.close()  # so that its end is seen here when the process has gone
+                        if self.ended:
+                            process.kill()
+                            return
+                for connection in self.processes:
+                    self._give(connection)
+                started.set_result(None)
+            except EOFError:
+                started.set_exception(RunError("the process that workers are copies of has died; --workers 1 needs none"))
+            except BaseException as error:
+                started.set_exception(error)
+
+        threading.Thread(target=start, daemon=True).start()
+        return started
 
     def busy(self) -> bool:
         return any(number < self.failed for number in self.running.values())
@@ -222,9 +236,11 @@ class _Team:
             connection.send(answer)
 
     def end(self) -> None:
-        for process in self.processes.values():  # they hold nothing but memory
+        self.ended = True
+        processes = list(self.processes.values())
+        for process in processes:  # they hold nothing but memory
             process.kill()
-        for process in self.processes.values():
+        for process in processes:
             process.join()
 
     def _give(self, connection: Connection) -> None:
@@ -236,20 +252,27 @@ class _Team:
                 connection.send(work)
 
 
-def _environment(workers: int) -> dict[str, str]:
-    """Of each worker: no GPU, and, unless the user says otherwise, a share of the cores."""
-    share = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(max(1, usable_cores(physical=False) // workers))}
-    return {"CUDA_VISIBLE_DEVICES": ""} | {name: os.environ.get(name, value) for name, value in share.items()}
+class _Settings(NamedTuple):
+    """Of each worker: this process's environment but for its GPU, and, unless the user says otherwise, a share of the cores."""
+
+    environment: dict[str, str]
+    threads: int
+
+    @classmethod
+    def of(cls, workers: int) -> "_Settings":
+        share = {"OMP_NUM_THREADS": "1", "RAYON_NUM_THREADS": str(max(1, usable_cores(physical=False) // workers))}
+        threads = torch.get_num_threads() if "OMP_NUM_THREADS" in os.environ else 1
+        return cls(share | dict(os.environ) | {"CUDA_VISIBLE_DEVICES": ""}, threads)
 
 
-def _work(
-    connection: Connection, prepare: Prepare, config: ModelConfig | None, level: int, environment: dict[str, str]
-) -> None:
+def _work(connection: Connection, prepare: Prepare, config: ModelConfig | None, level: int, settings: _Settings) -> None:
     """A worker: tasks and answers in; asks, results and errors out, until it is killed or its parent is gone."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as copies of another program's process have it not
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    os.environ.update(environment)
-    torch.set_num_threads(int(environment["OMP_NUM_THREADS"]))  # which torch asked for before it was set
-    # Libraries start processes and make locks as elsewhere: named semaphores, spawn's, would be left behind by who is killed.
+    os.environ.clear()  # of when the process began that this is a copy of
+    os.environ.update(settings.environment)
+    torch.set_num_threads(settings.threads)
+    # Libraries start processes and make locks as elsewhere: named semaphores would be left behind by who is killed.
     multiprocessing.set_start_method(None, force=True)
     logging.getLogger("lm_eval").setLevel(level)
     with suppress(EOFError, BrokenPipeError):  # the parent is gone

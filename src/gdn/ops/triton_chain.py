@@ -22,7 +22,7 @@ def link(device: torch.device, start: bool = False, rows: int = 1, beside_states
 
     beside_states: whether it would wait beside the kernel of the states, or is that kernel. What waits there takes room from
     it, which costs more than an early begin saves where rows are many: on an H200 a token of 64 rows without its draw takes
-    1.343 ms unchained, 1.306 as this chains it, 1.334 with all chained; 256 rows 3.75, 3.93 and 4.20 (docs/log.md).
+    1.34 ms unchained, 1.30 as this chains it, 1.33 with all chained; 256 rows 3.7, 3.9 and 4.2 (docs/log.md).
     """
     if rows > (MOST_ROWS_BESIDE_STATES if beside_states else MOST_ROWS) or not hopper(device):
         return {"CHAINED": False}

@@ -62,8 +62,7 @@ class Tile(NamedTuple):
 
 
 _FEW, _copied = Tile(16, 16, 0, 1, 4), partial(Tile, copied=True)
-# By product: up to so many rows, and beyond the last. The best of five or six at 1 and 16 rows, of ten to twenty at 32, 64, 128
-# and 256 (docs/log.md).
+# By product: up to so many rows, and beyond the last. The best of five to twenty (docs/log.md).
 TILES: dict[str, dict[int, Tile]] = {
     "projections": {
         16: _FEW,
