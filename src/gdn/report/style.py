@@ -30,6 +30,7 @@ p { margin: 0 0 12px; }
 .unit { color: var(--muted); margin: 6px 0 20px; }
 .caption, figcaption { color: var(--muted); font-size: 0.875rem; line-height: 1.5; margin: 12px 0 0; }
 svg { display: block; width: 100%; height: auto; font-family: inherit; }
+h2 + figure > svg { max-width: 560px; }  /* a figure alone on its row: its text no larger than the others' */
 svg text { fill: var(--ink); font-size: 13px; font-variant-numeric: tabular-nums; }
 svg .tick { fill: var(--muted); font-size: 12px; }
 svg .muted { fill: var(--muted); }
