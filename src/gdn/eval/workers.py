@@ -267,7 +267,7 @@ class _Settings(NamedTuple):
 
 def _work(connection: Connection, prepare: Prepare, config: ModelConfig | None, level: int, settings: _Settings) -> None:
     """A worker: tasks and answers in; asks, results and errors out, until it is killed or its parent is gone."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # as copies of another program's process have it not
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # which is not so in copies of a process that others began
     threading.Thread(target=_die_with_parent, daemon=True).start()
     os.environ.clear()  # of when the process began that this is a copy of
     os.environ.update(settings.environment)
