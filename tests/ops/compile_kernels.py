@@ -219,11 +219,11 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
                 yield from (products(arch, product, rows, dtype) for dtype in ("fp16", "fp32"))
     sizes = {"STRIDE": 4104, "H": 4, "HV": 4, "K": 256, "V": 256, "BV": 32, "GATED": True, "DOUBLE": False}
     yield compiled(arch, triton_layer_step._layer_step, values, sizes | {"EVICT_FIRST": True} | chained, **warps)
-    yield compiled(arch, triton_draw._candidates, values, {"NOISE": True, "BLOCK": 1024} | chained, **warps)
+    yield compiled(arch, triton_draw._candidates, values, {"NOISE": True, "BLOCK": triton_draw._BLOCK} | chained, **warps)
     for top_k, top_p in ((False, True), (True, True)):
-        sizes = {"TOP_K": top_k, "TOP_P": top_p, "CHUNKS": 32, "BLOCK": 16384} | chained
-        yield compiled(arch, triton_draw._choose, values, sizes, **warps | {"num_warps": 32})
-    yield compiled(arch, triton_draw._noise, values, {"BLOCK": 1024}, num_warps=4)
+        sizes = {"TOP_K": top_k, "TOP_P": top_p, "CHUNKS": 16, "BLOCK": triton_draw._LARGEST_BLOCK} | chained
+        yield compiled(arch, triton_draw._choose, values, sizes, **warps | {"num_warps": 16})
+    yield compiled(arch, triton_draw._noise, values, {"BLOCK": triton_draw._BLOCK}, num_warps=4)
 
 
 def copied_products() -> Iterator[dict[str, Any]]:

@@ -34,7 +34,8 @@ SAMPLINGS = [
 
 @pytest.fixture(autouse=True)
 def several_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(triton_draw, "_LARGEST_BLOCK", 1024)
+    for name in ("_BLOCK", "_LARGEST_BLOCK"):
+        monkeypatch.setattr(triton_draw, name, 1024)
 
 
 def logits(seed: int = 0, levels: int | None = None) -> Tensor:

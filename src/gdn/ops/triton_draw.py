@@ -13,8 +13,8 @@ from torch import Tensor
 
 from gdn.ops.triton_chain import begin, link, wait
 
-_BLOCK = 1024  # logits a program of the first launch
-_LARGEST_BLOCK = 16384  # logits that a program of the second walks at a time
+_BLOCK = 2048  # logits a program of the first launch
+_LARGEST_BLOCK = 8192  # logits that a program of the second walks at a time
 _TINY = 2.0**-126
 
 
