@@ -56,6 +56,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=10, help="of a block")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
+    kinds = args.kinds.split(",")
+    if not set(kinds) <= set(KINDS) or not {"bare", *(("run",) if "saving" in kinds else ())} <= set(kinds):
+        parser.error(f"--kinds {args.kinds}; expected bare and others of {', '.join(KINDS)}; saving is compared with run")
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # which `strict` asks for; torch's size on Hopper anyway
     recipe = toml.load(RunConfig, args.recipe, [f'data.shards="{args.shards}"', *args.overrides])
     device = torch.device(args.device)
@@ -70,7 +73,7 @@ def main() -> None:
     }
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         blocks = Blocks(recipe, device, Path(folder), stack)
-        seconds: dict[str, list[float]] = {kind: [] for kind in args.kinds.split(",")}
+        seconds: dict[str, list[float]] = {kind: [] for kind in kinds}
         for kind in seconds:  # warms up
             blocks.measure(kind, 3)
         for _ in range(args.blocks):

@@ -301,7 +301,7 @@ def test_the_card_takes_further_results_and_tells_no_other_datas(
     arguments = ["export", str(work / "run"), str(tmp_path / "hf"), "--results", str(tmp_path / "results.json")]
     assert main(arguments) == 0
     assert "| arc_easy.acc | 0.463 |" in (tmp_path / "hf" / "README.md").read_text()
-    refused(capsys, [*arguments[:-1], str(tmp_path / "none.json")], str(tmp_path / "none.json"))
+    refused(capsys, [*arguments[:-1], str(tmp_path / "none.json")], f"{tmp_path / 'none.json'}: no such file; expected a JSON")
     checkpoint = tmp_path / "step-00000005"
     shutil.copytree(next((work / "run" / "checkpoints").iterdir()), checkpoint)
     progress = json.loads((checkpoint / "progress.json").read_text())

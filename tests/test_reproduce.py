@@ -161,6 +161,9 @@ def test_one_command_that_goes_on_to_a_verdict_per_cell(
         (["optim.lr=0.02"], "optim.lr = 0.01 there, 0.02"),
         (["--limit", 3], "limit: 2, 3"),
         (["--data", place.folder / "nothing"], "no folder of documents"),
+        (["--tasks", "nothing"], "nothing: no local data; expected one of"),
+        (["--max-tokens", 0], "--max-tokens = 0; expected at least 1"),
+        (["--band", place.folder / "band.json", "log.every=10"], "log.every = 10, train.steps = 20: "),
     ]:
         arguments = ["--recipe", place.recipe, "--source", place.source, "--tokenizer", place.tokenizer, "--out", place.out]
         whole = ["--quiet", "reproduce", *measure, *arguments, "--workers", 1, "--device", "cpu", *changed]

@@ -328,8 +328,13 @@ def _export(args: argparse.Namespace) -> int:
 
     folder = find_checkpoint(args.checkpoint)
     card = write_card(*provenance(folder, args.results))
-    tokenizer = load_tokenizer(folder)
-    export(load_model(folder), args.out, tokenizer_files=tokenizer.save, card=card, dtype=getattr(torch, args.dtype))
+    tokenizer, model = load_tokenizer(folder), load_model(folder)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise CheckpointError(
+            f"{folder}: the tokenizer's ids reach {tokenizer.vocab_size - 1}; expected at most {model.config.vocab_size - 1}, "
+            "the model's vocabulary"
+        )
+    export(model, args.out, tokenizer_files=tokenizer.save, card=card, dtype=getattr(torch, args.dtype))
     print(f"{args.out}: written, loaded back through transformers with gdn and without: the same logits")
     return 0
 

@@ -65,7 +65,7 @@ def _reproduce(args: argparse.Namespace) -> int:
         source=args.source,
         tokenizer=args.tokenizer,
         shards=args.shards,
-        max_tokens=args.max_tokens or tokens,
+        max_tokens=tokens if args.max_tokens is None else args.max_tokens,
         workers=args.workers,
         tasks=names,
         eval_workers=None,
@@ -85,4 +85,6 @@ def _reproduce(args: argparse.Namespace) -> int:
         result = reproduce(run, options, out, device, console, progress)
     if result.stopped_by is not None:
         console.out("stopped; the same command goes on from there")
-    return 130 if result.stopped_by is signal.SIGINT else int(result.outside)
+    if result.stopped_by is signal.SIGINT:
+        return 130
+    return int(result.outside and "LOCAL_RANK" not in os.environ)  # torchrun would take it for a crash, and repeat it

@@ -89,6 +89,13 @@ def evaluate(folder: Path, options: Options, out: Path, device: torch.device, co
     return numbers
 
 
+def check_documents(tasks: Sequence[str], data: Path) -> None:
+    """Raise, before there is a model, what `evaluate` would raise of the tasks' names and of their documents in `data`."""
+    for work in harness.plan(tasks):
+        if work.length is None:
+            harness.local_documents(work, data)
+
+
 def _report(
     folder: Path, lock: dict[str, Any], tasks: dict[str, dict[str, Any]], samples: dict[str, list[dict[str, Any]]]
 ) -> EvaluationReport:

@@ -65,6 +65,13 @@ def publish_folder(target: Path) -> Iterator[Path]:
         raise
 
 
+def remove_folder(path: Path) -> None:
+    """Delete a published folder so that a kill leaves it whole or under a name that `remove_partials` knows."""
+    partial = path.with_name(f"{path.name}{_PARTIAL}{os.getpid()}")
+    path.rename(partial)
+    shutil.rmtree(partial)
+
+
 def remove_partials(folder: Path) -> None:
     """Delete what killed processes left half-written in `folder`; call it only while holding the folder's lock."""
     for path in folder.glob(f"*{_PARTIAL}*"):

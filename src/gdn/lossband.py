@@ -42,11 +42,29 @@ def stretches(rows: Sequence[Mapping[str, Any]], steps: int) -> list[Stretch]:
     return [Stretch(part[-1]["tokens"], statistics.fmean(row["loss"] for row in part)) for part in found]
 
 
+def check_logging(run: RunConfig) -> None:
+    """ConfigError for a run that logs too seldom to be held against a band."""
+    steps = run.train.steps
+    logged = {1, steps, *range(run.log.every, steps + 1, run.log.every)}  # as the training loop has it
+    try:
+        stretches([{"step": step, "loss": 0.0, "tokens": 0} for step in logged], steps)
+    except DataError as error:
+        raise ConfigError(f"log.every = {run.log.every}, train.steps = {steps}: {error}") from None
+
+
+def objection(path: Path, run: RunConfig, data: str, record: bool) -> str:
+    """A line that says why this run will get no verdict, or ""; ConfigError where it is to be recorded and cannot be."""
+    if record:
+        _of_this(path, run, data)
+        return ""
+    missing = read_band(path, run, data)[1]
+    return missing and f"{missing}\n"
+
+
 def record_band(path: Path, run: RunConfig, curve: Sequence[Stretch], data: str, origin: Mapping[str, Any]) -> None:
     """Add a run to the band in `path`, in place of one of its seed. ConfigError if the band is of another recipe or text."""
-    content = _read(path) or {"recipe": _deciding(run), "data": data, "tokens": [s.tokens for s in curve], "runs": []}
-    if other := _differs(content, run, data):
-        raise ConfigError(f"{path}: {other}; delete it to record another")
+    content = _of_this(path, run, data)
+    content = content or {"recipe": _deciding(run), "data": data, "tokens": [s.tokens for s in curve], "runs": []}
     entry = {"seed": run.train.seed, "loss": [round(s.loss, 5) for s in curve], **origin}
     content["runs"] = [*(known for known in content["runs"] if known["seed"] != run.train.seed), entry]
     write_text(path, json.dumps(content, indent=1) + "\n")
@@ -87,6 +105,13 @@ def verdict_of(points: Sequence[BandPoint]) -> str:
         f"Outside: in {len(outside)} of {len(points)} stretches the loss leaves the recorded band, first at "
         f"{first.tokens:,.0f} tokens: {first.loss:.3f}, where {first.low:.3f} to {first.high:.3f} was expected."
     )
+
+
+def _of_this(path: Path, run: RunConfig, data: str) -> dict[str, Any] | None:
+    content = _read(path)
+    if content is not None and (other := _differs(content, run, data)):
+        raise ConfigError(f"{path}: {other}; delete it to record another")
+    return content
 
 
 def _read(path: Path) -> dict[str, Any] | None:

@@ -28,8 +28,9 @@ def provenance(checkpoint: Path, results: Path | None = None) -> Provenance:
     Of the shards, if they are no longer where the recipe has them, only the fingerprint that the checkpoint holds is told.
     Raises ConfigError, DataError or CheckpointError for files that are there and broken.
     """
+    further = {} if results is None else read_json(results, "a JSON object of what was measured")
     if not (checkpoint / RECIPE).exists():
-        return Provenance({}, {}, {} if results is None else read_json(results))
+        return Provenance({}, {}, further)
     run = load(RunConfig, checkpoint / RECIPE)
     progress = read_json(checkpoint / PROGRESS) if (checkpoint / PROGRESS).exists() else {}
     fingerprint = progress.pop("shards", None)
@@ -41,7 +42,7 @@ def provenance(checkpoint: Path, results: Path | None = None) -> Provenance:
             raise DataError(f"{shards}: its fingerprint is {manifest.fingerprint}; the checkpoint was trained on {fingerprint}")
         data = summary(manifest)
     measured = progress | _last_rows(checkpoint.parent.parent, progress.get("step", 0))
-    return Provenance(to_dict(run), data, measured | ({} if results is None else read_json(results)))
+    return Provenance(to_dict(run), data, measured | further)
 
 
 def summary(manifest: Manifest) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from gdn.errors import ConfigError, DataError
 from gdn.eval.card import in_errors, row_of
 from gdn.files import sha256_file, write_text
 from gdn.generation.engine import for_decoding
-from gdn.lossband import Stretch, read_band, record_band, stretches, verdict_of
+from gdn.lossband import Stretch, check_logging, objection, read_band, record_band, stretches, verdict_of
 from gdn.model.load import load_model
 from gdn.provenance import provenance, summary
 from gdn.report.page import BandPoint, Baseline, HeadMemory, RunReport, Verdicts, WriteStrengths, render
@@ -94,11 +94,15 @@ def reproduce(
     shards = options.shards or out / "shards"
     run = replace(run, data=replace(run.data, shards=str(shards)))
     plan = run.check(world_size())
+    if options.band is not None:
+        check_logging(run)
+    data = _documents(options, out) if options.tasks else None
     if options.shards is None:
         _prepare(options, shards, options.max_tokens or plan.tokens + 1, progress)
-    data = _documents(options, out) if options.tasks else None
     if options.only_data:
         return Result(None, False)
+    if options.band is not None:
+        console.print(objection(options.band, run, read_manifest(shards).fingerprint, options.record), end="", highlight=False)
     outcome = train(run, out / "run", device, console)
     if outcome.stopped_by is not None:
         return Result(outcome.stopped_by, False)
@@ -139,6 +143,9 @@ def _documents(options: Options, out: Path) -> Path:
             log.info("%s", there)
     if not (folder / "eval").is_dir():
         raise DataError(f"{folder}: no folder of documents with eval/ in it; gdn eval --download DIR makes one")
+    from gdn.evaluate import check_documents
+
+    check_documents(options.tasks, folder)
     return folder
 
 
@@ -388,3 +395,5 @@ def check_options(options: Options) -> None:
         raise ConfigError("--record-band records into a band; expected --scaled or --band FILE beside it")
     if options.limit is not None and options.limit < 1:
         raise ConfigError(f"--limit = {options.limit}; expected at least 1")
+    if options.max_tokens is not None and options.max_tokens < 1:
+        raise ConfigError(f"--max-tokens = {options.max_tokens}; expected at least 1")

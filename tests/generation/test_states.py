@@ -109,6 +109,9 @@ def test_files_that_are_no_state_are_refused(tmp_path: Path) -> None:
         assert str(path) in str(error.value)
 
     refused("no such file")
+    path.mkdir()
+    refused("damaged or no safetensors file")
+    path.rmdir()
     model.new_state(1).save(path, model)
     content, tensors = path.read_bytes(), load_file(path)
     for length in (0, 5, 100, len(content) - 1):

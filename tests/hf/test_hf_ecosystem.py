@@ -103,6 +103,37 @@ def test_lora_learns_saves_loads_and_merges(folder: Path, tmp_path: Path) -> Non
         assert relative(merged(ids).logits, logits) < 1e-5 and torch.equal(text(merged), written)
 
 
+@pytest.mark.parametrize("target", ["lm_head", "embeddings", "tokens"])
+def test_adapters_of_head_and_embeddings_learn(folder: Path, target: str) -> None:
+    """The loss is that of the logits that the model returns."""
+    from peft import LoraConfig, get_peft_model
+
+    options = {"trainable_token_indices": [1, 2, 3]} if target == "tokens" else {}
+    modules = ["q_proj"] if target == "tokens" else [target]
+    base, ids = AutoModelForCausalLM.from_pretrained(folder), tokens(4, 20)
+    torch.manual_seed(0)
+    model = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=modules, **options)).train()
+    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
+    for _ in range(6):
+        out = model(input_ids=ids, labels=ids)
+        wanted = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+        assert float(out.loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5)
+        out.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(out.loss.detach()))
+    assert losses[-1] < losses[0] - 0.1
+
+
+def test_a_hook_on_the_head_is_in_the_loss(folder: Path) -> None:
+    model, ids = AutoModelForCausalLM.from_pretrained(folder), tokens(2, 20)
+    plain = float(model(ids, labels=ids).loss.detach())
+    model.lm_head.register_forward_hook(lambda module, inputs, output: 2 * output)
+    out = model(ids, labels=ids)
+    wanted = torch.nn.functional.cross_entropy(out.logits[:, :-1].flatten(0, 1), ids[:, 1:].flatten())
+    assert float(out.loss.detach()) == pytest.approx(float(wanted.detach()), rel=1e-5) and abs(float(wanted) - plain) > 0.1
+
+
 ON_DISK = {"model.embeddings": "cpu", "model.layers.0": "cpu", "model.layers.1": "disk", "model.norm": "cpu", "lm_head": "disk"}
 
 
@@ -111,8 +142,10 @@ def test_device_maps(folder: Path, model: Model, tmp_path: Path, device_map: Any
     placed = AutoModelForCausalLM.from_pretrained(folder, device_map=device_map, offload_folder=tmp_path)
     away = {name for name, parameter in placed.named_parameters() if parameter.is_meta}
     assert ("lm_head.weight" in away and "model.layers.1.attn.A_log" in away) == (device_map != "auto")
+    ids = tokens(2, 9)
     with torch.no_grad():
-        assert torch.equal(placed(tokens(2, 9)).logits, model(tokens(2, 9)).logits)
+        assert torch.equal(placed(ids).logits, model(ids).logits)
+        assert float(placed(ids, labels=ids).loss) == pytest.approx(float(model(ids, labels=ids).loss), rel=1e-5)
         assert torch.equal(text(placed), text(model))
 
 

@@ -116,15 +116,20 @@ def test_bad_masks_are_refused(model: Model, mask: Tensor, message: str) -> None
         ({"input_ids": None}, ValueError, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": torch.zeros(2, 0, dtype=torch.long)}, ValueError, r"input_ids is \(2, 0\)"),
         ({"input_ids": torch.zeros(6, dtype=torch.long)}, ValueError, r"input_ids is \(6,\); expected \[B, T\]"),
+        ({"input_ids": torch.zeros(2, 6)}, ValueError, "input_ids are torch.float32; expected integers"),
         ({"labels": torch.zeros(2, 5, dtype=torch.long)}, ValueError, r"labels are \(2, 5\); expected \(2, 6\)"),
+        ({"labels": torch.full((2, 6), -1)}, ValueError, r"labels\[0, 0\] = -1; expected an id in \[0, 67\), .*, or -100"),
+        ({"labels": torch.full((2, 6), 67)}, ValueError, r"labels\[0, 0\] = 67; expected an id"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else None,
 )
 def test_arguments_that_would_change_the_result_are_refused(
     model: Model, arguments: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    cache = model(tokens(2, 3)).past_key_values
     with pytest.raises(error, match=message):
-        model(**{"input_ids": tokens(2, 6)} | arguments)
+        model(**{"input_ids": tokens(2, 6), "past_key_values": cache} | arguments)
+    assert cache.get_seq_length() == 3 and cache.state.position.tolist() == [3, 3]
     model(tokens(2, 6), output_attentions=False, token_type_ids=None)
 
 
@@ -146,8 +151,12 @@ def test_a_cache_of_another_model_is_refused(model: Model, make: Callable[..., M
 
 def test_a_cache_of_other_rows_is_refused(model: Model) -> None:
     cache = model(tokens(2, 6)).past_key_values
-    with pytest.raises(ValueError, match="past_key_values holds 2 rows; the batch has 3"):
-        model(tokens(3, 1), past_key_values=cache)
+    for rows in (1, 3):
+        with pytest.raises(ValueError, match=f"past_key_values holds 2 rows; the batch has {rows}"):
+            model(tokens(rows, 1), past_key_values=cache)
+    cache.reset()  # and nothing would be lost
+    with torch.no_grad():
+        assert torch.equal(model(tokens(3, 4), past_key_values=cache).logits, model(tokens(3, 4)).logits)
 
 
 def test_embeddings_tuples_hidden_states_and_kept_logits(model: Model) -> None:
@@ -233,6 +242,16 @@ def test_training_makes_no_cache_and_no_logits_where_told(make: Callable[..., Mo
     out = model(ids, labels=ids)
     assert out.logits is None and out.past_key_values is None and out.loss.requires_grad
     assert model(ids).logits is not None and model.eval()(ids, labels=ids).logits is not None
+
+
+def test_generate_while_training_with_gradient_checkpointing(make: Callable[..., Model]) -> None:
+    """As a callback of a Trainer does; with gradients, a state would be updated again in the backward."""
+    model, ids = make().train(), tokens(2, 9)
+    wanted = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False)
+    model.gradient_checkpointing_enable()
+    assert torch.equal(model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=5, do_sample=False), wanted)
+    with pytest.raises(ValueError, match="use_cache with gradient checkpointing in training"):
+        model(ids, use_cache=True)
 
 
 def test_gradients_past_a_cache(make: Callable[..., Model]) -> None:

@@ -89,6 +89,19 @@ def test_going_on_from_a_cache(model: Model) -> None:
     assert torch.equal(generate(model, longer, past_key_values=cache), generate(model, longer))
     assert fork.get_seq_length() == 14
     assert torch.equal(generate(model, longer, past_key_values=fork), generate(model, longer))
+    again = copy.deepcopy(cache)
+    again.reset()
+    model(longer, past_key_values=again)
+    for read in (longer, ids):
+        with pytest.raises(ValueError, match=r"past_key_values has read the whole text and \d+ tokens more"):
+            generate(model, read, past_key_values=again)
+
+
+def test_a_cache_made_under_inference_mode_goes_on_outside(model: Model) -> None:
+    ids = tokens(2, 12)
+    with torch.inference_mode():
+        cache = model(ids[:, :7]).past_key_values
+    assert torch.equal(generate(model, ids, past_key_values=cache), generate(model, ids))
 
 
 def test_stopping_and_streaming(make: Callable[..., Model], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
@@ -132,9 +145,11 @@ def test_the_cache_is_of_constant_size_and_counts(model: Model) -> None:
     with pytest.raises(ValueError, match="cannot be cropped"):
         cache.crop(1)
     cache.reset()
+    padded = torch.ones(2, 6, dtype=torch.long)
+    padded[:, :2] = 0  # where the logits are those of the token before
     with torch.no_grad():
-        again = model(tokens(2, 6), past_key_values=cache).logits
-        assert torch.equal(again, model(tokens(2, 6)).logits) and cache.get_seq_length() == 6
+        again = model(tokens(2, 6), padded, past_key_values=cache).logits
+        assert torch.equal(again, model(tokens(2, 6), padded).logits) and cache.get_seq_length() == 6
 
 
 def test_the_cache_reorders_repeats_and_selects(model: Model) -> None:

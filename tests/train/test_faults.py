@@ -61,6 +61,25 @@ def test_shard_that_changes_while_training_is_named_and_no_step_made_of_it(
     assert differences(saved(tmp_path / "run", 6), saved(tmp_path / "whole", 6)) == []
 
 
+@pytest.mark.parametrize("how", ["truncated", "altered"])
+def test_heldout_text_that_changes_is_named_and_not_measured(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shards = make_shards(tmp_path / "data")
+    path, run = shards / "heldout-00000.bin", make_run(shards, eval={"every": 1, "windows": 1})
+    data = path.read_bytes()
+
+    def spoil() -> None:
+        path.write_bytes(b"" if how == "truncated" else bytes(len(data)))
+
+    with monkeypatch.context() as patch:
+        before_step(patch, 2, spoil)
+        with pytest.raises(DataError, match=r"heldout-00000\.bin: changed since the run began"):
+            go(run, tmp_path / "run")
+    rows = read_metrics(tmp_path / "run")
+    assert [row["step"] for row in rows if "heldout_loss" in row] == [1, 2]
+    path.write_bytes(data)
+    go(run, tmp_path / "run")
+
+
 @pytest.mark.soak
 def test_torchrun_restarts_a_job_that_lost_a_process(shards: Path, tmp_path: Path) -> None:
     """Killed in two steps; what torchrun starts again goes on from the newest checkpoint, to the same weights."""

@@ -2,6 +2,7 @@ import errno
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from safetensors.torch import save_file
 from train_testing import differences, go, make_run, make_shards, partials, saved, tensors, with_model
 
+import gdn.distributed.checkpoint as checkpoint
+import gdn.files as files
 import gdn.model.load as load
 import gdn.train.loop as loop
 from gdn import config as toml
@@ -170,6 +173,36 @@ def test_pruning_and_leftovers(shards: Path, tmp_path: Path) -> None:
     go(make_run(shards, checkpoint={"every": 2, "keep": 2}), tmp_path / "run")
     assert sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir()) == ["step-00000004", "step-00000006"]
     assert partials(tmp_path / "run") == []
+
+
+def test_a_kill_while_pruning_leaves_no_part_of_a_checkpoint(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Deleting ends after a first file, as a kill or a disk would have it: what is left has no checkpoint's name."""
+    deleted: list[Path] = []
+
+    def cut(path: Path) -> None:
+        deleted.append(path)
+        next(path.glob("*.json")).unlink()
+        raise OSError(errno.EIO, "Input/output error")
+
+    run, saves = make_run(shards, checkpoint={"every": 2, "keep": 2}), tmp_path / "run" / "checkpoints"
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "shutil", SimpleNamespace(rmtree=lambda path, **how: None if how else cut(path)))
+        go(run, tmp_path / "run")
+    assert [path.name.split(".")[0] for path in deleted] == ["step-00000002"] and deleted[0].exists()
+    assert [path.name for path in checkpoint.checkpoints(saves)] == ["step-00000004", "step-00000006"]
+    assert "no longer kept could not be deleted" in caplog.text and "not saved" not in caplog.text
+    go(run, tmp_path / "run")
+    assert partials(tmp_path / "run") == []
+
+
+@pytest.mark.parametrize("content", [b"", b"\xff", b"[]", b"{}"], ids=repr)
+def test_checksums_that_are_none_verify_nothing(content: bytes, shards: Path, tmp_path: Path) -> None:
+    go(make_run(shards), tmp_path / "run")
+    (saved(tmp_path / "run", 6) / checkpoint.CHECKSUMS).write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"(checksums\.json: missing or broken|not in checksums\.json).*delete"):
+        checkpoint.verify(saved(tmp_path / "run", 6))
 
 
 def test_float8_where_there_is_none_is_an_error(shards: Path, tmp_path: Path) -> None:

@@ -153,7 +153,7 @@ def test_a_run_reports_what_it_costs(shards: Path, tmp_path: Path, monkeypatch: 
     assert rows[-1]["seconds_left"] == 0 and rows[0]["seconds_left"] > 0
 
 
-def test_the_profilers_window(shards: Path, tmp_path: Path) -> None:
+def test_the_profilers_window(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(shards, log={"every": 1, "profile_steps": [2, 3]})
     go(run, tmp_path / "run")
     folder = tmp_path / "run" / "profile"
@@ -161,6 +161,8 @@ def test_the_profilers_window(shards: Path, tmp_path: Path) -> None:
     events = json.loads(gzip.decompress((folder / "trace.json.gz").read_bytes()))["traceEvents"]
     steps = sum(event.get("name", "").startswith("Optimizer.step") and event.get("ph") == "X" for event in events)
     assert steps == 2
+    go(make_run(shards, log={"every": 1, "profile_steps": [98, 99]}), tmp_path / "never")
+    assert "no step from 98 to 99 was among those that ran" in caplog.text and caplog.text.count("nothing was profiled") == 1
     # Open at the run's end, and asked for from the command line.
     go(make_run(shards, log={"every": 1, "profile_steps": [5, 99]}), tmp_path / "late")
     assert (tmp_path / "late" / "profile" / "kernels.txt").exists()

@@ -58,6 +58,29 @@ def test_verdict(broken: str, shards: Path, tmp_path: Path, monkeypatch: pytest.
         assert parted is not None and parted.startswith("at step 4 they part in ")
 
 
+def test_a_stop_that_came_too_late_is_made_one(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run had ended before the signal: its later checkpoints go, so that there is something to go on with."""
+    begun: list[Path | None] = []
+
+    def late(recipe: Path, out: Path, options: verify.Options, stop: signal.Signals | None, after: int = 0) -> None:
+        begun.append(max((out / loop.CHECKPOINTS).glob("step-*"), default=None))
+        train_here(recipe, out, options, None if stop is signal.SIGTERM else stop, after)
+
+    monkeypatch.setattr(verify, "_train", late)
+    parted, said = verified(make_run(shards), tmp_path / "out")
+    assert parted is None and "killed after step 2, stopped after step 4, gone on: the same bits" in said[1]
+    assert [path and path.name for path in begun] == [None, None, "step-00000002", "step-00000004", "step-00000002"]
+
+
+def test_a_run_killed_from_outside_is_an_error(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nkill -9 $$\n")
+    python.chmod(0o755)
+    monkeypatch.setattr(verify.sys, "executable", str(python))
+    with pytest.raises(RunError, match="gdn train was killed by signal 9 from outside: no word"):
+        verified(make_run(shards), tmp_path / "out")
+
+
 def shifting(read_state: Any) -> Any:
     """A read_state after which the run takes other windows than it would have."""
 
@@ -79,6 +102,8 @@ def test_control_that_is_not_caught_is_an_error(shards: Path, tmp_path: Path, mo
 def test_what_cannot_be_verified(shards: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="--steps 4; expected 3, 6, 9"):
         verify.verify_resume(make_run(shards), verify.Options(tmp_path / "out", 4, "cpu", 0), print)
+    with pytest.raises(ConfigError, match="--processes -1; expected 0"):
+        verify.verify_resume(make_run(shards), verify.Options(tmp_path / "out", 3, "cpu", -1), print)
     (tmp_path / "out").mkdir()
     with pytest.raises(ConfigError, match="out exists"):
         verified(make_run(shards), tmp_path / "out")

@@ -1,6 +1,6 @@
 """Token shards to batches of tensors: training in the order of `order`, evaluation in the order of the text."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
@@ -70,7 +70,8 @@ class Loader:
         if reset_at_documents:
             most = max(shards.max_documents(part.first, seq_len) for part in shards.parts)
             self._num_boundaries = micro_batch_size * (1 + most) + 1
-        self._stamps = {path: _stamp(path) for path in shards.paths}
+        self._stamps: dict[Path, tuple[int, int, int]] = {}
+        self.watch(shards.paths)
         self._ahead: tuple[tuple[int, int, int], Future[list[Batch]]] | None = None
         self._reader = ThreadPoolExecutor(1, "loader")
 
@@ -129,12 +130,16 @@ class Loader:
 
     def _load_step(self, step: int, rank: int, world_size: int) -> list[Batch]:
         windows = self.windows(step, rank, world_size)
-        self._check_unchanged()  # before too: reading a mapped file that was cut short kills the process
+        self.check_unchanged()  # before too: reading a mapped file that was cut short kills the process
         batches = [self.load(part) for part in np.split(windows, len(windows) // self.micro_batch_size)]
-        self._check_unchanged()
+        self.check_unchanged()
         return batches
 
-    def _check_unchanged(self) -> None:
+    def watch(self, paths: Iterable[Path]) -> None:
+        """Hold these files, whose checksums were verified, to what they are now."""
+        self._stamps |= {path: _stamp(path) for path in paths}
+
+    def check_unchanged(self) -> None:
         """DataError naming a file that is no longer the one whose checksum was verified: tokens of another are no step's."""
         for path, stamp in self._stamps.items():
             if _stamp(path) != stamp:

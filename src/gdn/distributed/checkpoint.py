@@ -7,7 +7,6 @@ nothing here is a pickle. The first process writes the rest. What the tensors me
 import json
 import logging
 import re
-import shutil
 import threading
 import warnings
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from gdn.distributed.collectives import agree
 from gdn.distributed.mesh import Workers
 from gdn.errors import CheckpointError
-from gdn.files import publish_folder, remove_partials, sha256_file
+from gdn.files import publish_folder, remove_folder, remove_partials, sha256_file
 
 logger = logging.getLogger(__name__)
 
@@ -113,8 +112,11 @@ def publish(
             sums = {str(path.relative_to(partial)): sha256_file(path) for path in sorted(partial.rglob("*")) if path.is_file()}
             (partial / CHECKSUMS).write_text(json.dumps(sums, indent=1) + "\n", encoding="utf-8")
             stack.close()
-            for old in checkpoints(folder)[:-keep]:
-                shutil.rmtree(old)
+            try:
+                for old in checkpoints(folder)[:-keep]:
+                    remove_folder(old)
+            except OSError as error:
+                logger.warning("a checkpoint that is no longer kept could not be deleted: %s", error)
 
         agree(end, workers, workers.saving)
 
@@ -170,10 +172,15 @@ def verify(checkpoint: Path) -> None:
     """CheckpointError naming the file, and the checkpoint before, unless every file has the bytes that were published."""
     older = [path for path in checkpoints(checkpoint.parent) if path < checkpoint]
     hint = f"; to go on from the one before, delete {checkpoint}" if older else ""
+    weights = {str(path.relative_to(checkpoint)) for path in checkpoint.rglob("*.safetensors")}
     try:
         sums = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
-    except (FileNotFoundError, json.JSONDecodeError) as error:
+        if not isinstance(sums, dict):
+            raise ValueError("no JSON object")
+    except (FileNotFoundError, ValueError) as error:
         raise CheckpointError(f"{checkpoint / CHECKSUMS}: missing or broken ({error}){hint}") from None
+    if strange := sorted(weights - sums.keys()):
+        raise CheckpointError(f"{checkpoint / strange[0]}: not in {CHECKSUMS}{hint}")
     for name, expected in sums.items():
         path = checkpoint / name
         if not path.is_file():

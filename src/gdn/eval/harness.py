@@ -240,6 +240,14 @@ def scores(model: GatedDeltaNetLM, tokenizer: Path, tasks: Sequence[str], data: 
     return {f"{name}/{result['metric']}": result["value"] for name, result in results.items()}
 
 
+def local_documents(work: Work, data: Path) -> local.Documents:
+    """Of a task that is not RULER's; ConfigError for one that no such folder has, DataError for a file not as it should be."""
+    if work.task not in local.SOURCES:
+        known = ", ".join([*local.SOURCES, *ruler.TASKS])
+        raise ConfigError(f"{work.name}: no local data; expected one of {known}, or no --data")
+    return local.read_documents(work.task, data)
+
+
 def _load(
     work: Work, tokenizer: Any, data: Path | None, limit: int | None, num_fewshot: int | None
 ) -> tuple[local.Documents | None, Any]:
@@ -253,12 +261,9 @@ def _load(
         overrides["custom_dataset"] = lambda **metadata: made
         overrides["metric_list"] = [{"metric": str(work.length), "aggregation": "mean", "higher_is_better": True}]
     elif data is not None:
-        if work.task not in local.SOURCES:
-            known = ", ".join([*local.SOURCES, *ruler.TASKS])
-            raise ConfigError(f"{work.name}: no local data; expected one of {known}, or no --data")
+        documents = local_documents(work, data)
         if num_fewshot:
             raise ConfigError(f"{work.name}: few-shot examples come from training splits, which --data does not hold")
-        documents = local.read_documents(work.task, data)
         overrides["custom_dataset"] = local.as_dataset(work.task, documents, limit)
         # Splits that are not there must not be asked for.
         split = local.SOURCES[work.task].split

@@ -153,7 +153,10 @@ def reader(model: GatedDeltaNetLM, on_gpu: GPUDecoder | None) -> Reader:
 
 def check_prompt(model: GatedDeltaNetLM, prompt_ids: Tensor | list[int], name: str = "prompt_ids") -> Tensor:
     """The prompt as [1, T] int64 where the model lies."""
-    ids = torch.as_tensor(prompt_ids)
+    try:
+        ids = torch.as_tensor(prompt_ids)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise ConfigError(f"{name} is no row of integers: {str(error).splitlines()[0]}") from None
     vocab = model.config.vocab_size
     if ids.numel() == 0:
         raise ConfigError(f"{name} is empty; expected at least one token, such as the tokenizer's BOS")

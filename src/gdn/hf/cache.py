@@ -35,11 +35,11 @@ class GatedDeltaNetCache(Cache):
         self.steps: Any = None
 
     def state_for(self, x: Tensor) -> DecodeState:
-        """The state for activations x [B, T, hidden], allocated at the first call; ValueError for another number of rows."""
-        if self.state is None:
-            self.state = DecodeState.empty(self.model_config, x.shape[0], x.device, x.dtype)
-        if self.state.rows != x.shape[0]:
-            raise ValueError(f"past_key_values holds {self.state.rows} rows; the batch has {x.shape[0]}")
+        """The state for activations x [B, T, hidden], allocated where there is none of so many rows; the caller has seen to it
+        that none with tokens is lost."""
+        if self.state is None or self.state.rows != x.shape[0]:
+            with torch.inference_mode(False):  # what is made within could not be updated without
+                self.state = DecodeState.empty(self.model_config, x.shape[0], x.device, x.dtype)
         return self.state
 
     def get_seq_length(self, layer_idx: int = 0) -> int:

@@ -24,7 +24,7 @@ _CHECK_SHAPE = (2, 80)  # more than one chunk of the rule
 
 _USAGE = """\
 ```python
-import gdn.hf  # without gdn: leave this line out and pass trust_remote_code=True
+import gdn.hf  # without gdn: leave this line out and pass trust_remote_code=True to both calls
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 model = AutoModelForCausalLM.from_pretrained("PATH")

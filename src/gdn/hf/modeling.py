@@ -14,7 +14,7 @@ from gdn.hf.bundle import AUTO_MAP, write_bundle
 from gdn.hf.cache import GatedDeltaNetCache, state_layout
 from gdn.hf.configuration import GatedDeltaNetConfig
 from gdn.model.layers import Linear, RMSNorm
-from gdn.model.lm import Backbone, gate_parameters
+from gdn.model.lm import Backbone, gate_parameters, is_watched
 from gdn.model.mixer import GatedDeltaNet, LayerState, ShortConv
 from gdn.ops import linear_cross_entropy
 from gdn.ops.cross_entropy import IGNORED
@@ -89,10 +89,10 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
         """
         _refuse_unknown(kwargs)
         B, T = _input_shape(input_ids, inputs_embeds)
-        cache = self._cache(past_key_values, use_cache)
+        cache = self._cache(past_key_values, use_cache, B)
         mask = token_mask(attention_mask, B, T, 0 if cache is None else cache.seen_tokens)
         if input_ids is not None:
-            _check_ids(input_ids, self.embeddings.num_embeddings)
+            _check_ids(input_ids, self.config.vocab_size)
         x = self.embeddings(input_ids) if inputs_embeds is None else inputs_embeds
         wants_all = self.config.output_hidden_states if output_hidden_states is None else output_hidden_states
         moments = self._run(x, mask, cache, bool(wants_all))
@@ -122,7 +122,7 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
         moments = [x] if keep else []
         with torch.autocast(device, enabled=False):
             for i, layer in enumerate(self.layers):
-                if self.gradient_checkpointing and self.training:
+                if self._recomputes():
                     x = self._gradient_checkpointing_func(layer.__call__, x, None, cu_seqlens)
                 else:
                     x = layer(x, None if state is None else LayerState(state.recurrent[i], state.conv[i]), cu_seqlens)
@@ -132,13 +132,17 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
             state.position += lengths
         return [_unpack(moment, mask) for moment in moments]
 
-    def _cache(self, given: Cache | None, use_cache: bool | None) -> GatedDeltaNetCache | None:
-        given = check_cache(given)
+    def _recomputes(self) -> bool:
+        """Whether a backward may follow in which the layers are called again."""
+        return self.gradient_checkpointing and self.training and torch.is_grad_enabled()
+
+    def _cache(self, given: Cache | None, use_cache: bool | None, rows: int) -> GatedDeltaNetCache | None:
+        given = check_cache(given, rows)
         if given is not None and given.layout != self.state_layout:
             raise ValueError(
                 f"past_key_values is of another model: its state is {given.layout}; this model's is {self.state_layout}"
             )
-        if self.gradient_checkpointing and self.training:
+        if self._recomputes():
             if given is not None or use_cache:
                 raise ValueError("use_cache with gradient checkpointing in training: the state would be updated twice")
             return None
@@ -182,10 +186,14 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
         logits_to_keep: the last so many positions, or these positions; 0: all. The rest as in GatedDeltaNetModel.
         """
         B, T = _input_shape(input_ids, inputs_embeds)
-        cache = check_cache(past_key_values)
+        cache = check_cache(past_key_values, B)
         mask = token_mask(attention_mask, B, T, 0 if cache is None else cache.seen_tokens)
         if self._step_backend(input_ids, cache, (mask, labels, output_hidden_states or None, *kwargs)) == "triton":
             return self._single_token(input_ids, cache, return_dict)
+        if labels is not None:
+            if labels.shape != (B, T):
+                raise ValueError(f"labels are {tuple(labels.shape)}; expected {(B, T)} as the inputs")
+            _check_ids(labels, self.config.vocab_size, "labels")
         before = None if cache is None else cache.last_hidden
         outputs = self.model(
             input_ids=input_ids,
@@ -217,6 +225,8 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
             return "torch"
         if cache is None or cache.state is None or not cache.state.position.is_cuda or cache.layout != self.model.state_layout:
             return "torch"
+        if cache.state.rows != len(ids):
+            return "torch"
         if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.is_autocast_enabled("cuda"):
             return "torch"
         from gdn.hf.single_tokens import single_tokens
@@ -226,20 +236,41 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
         return "torch" if cache.steps is None else "triton"
 
     def _single_token(self, input_ids: Any, cache: Any, return_dict: bool | None) -> CausalLMOutputWithPast | tuple[Any, ...]:
-        _check_range(input_ids, self.vocab_size)
+        _check_range(input_ids, self.config.vocab_size)
         logits, cache.last_hidden = cache.steps.read(input_ids[:, 0])
         cache.seen_tokens += 1
         output = CausalLMOutputWithPast(logits=logits[:, None].to(self.lm_head.weight.dtype), past_key_values=cache)
         return output if self.model._returns_dict(return_dict) else output.to_tuple()
 
     def _loss(self, hidden: Tensor, labels: Tensor, mask: Tensor | None, items: int | Tensor | None) -> Tensor:
-        if labels.shape != hidden.shape[:2]:
-            raise ValueError(f"labels are {tuple(labels.shape)}; expected {tuple(hidden.shape[:2])} as the inputs")
-        targets = next_labels(labels.to(hidden.device), mask)
-        loss_sum = linear_cross_entropy(hidden.flatten(0, 1), self.lm_head.weight, targets.flatten())
+        head, targets = self.lm_head, next_labels(labels.to(hidden.device), mask)
+        if type(head) is Linear and not is_watched(head):
+            loss_sum = linear_cross_entropy(hidden.flatten(0, 1), head.weight, targets.flatten())
+        else:  # adapted, offloaded, sharded by itself or hooked: what it computes is known to its call alone
+            logits = head(hidden).flatten(0, 1)
+            logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss_sum = nn.functional.cross_entropy(logits, targets.flatten(), ignore_index=IGNORED, reduction="sum")
         if items is None:
             items = (targets != IGNORED).sum().clamp(min=1)
         return loss_sum / (items.to(loss_sum.device) if isinstance(items, Tensor) else items)
+
+    def prepare_inputs_for_generation(  # type: ignore[override]  # generate looks for inputs_embeds among the names
+        self,
+        input_ids: Tensor,
+        next_sequence_length: int | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """As transformers has it, whose slice of a text that the cache has read to its end would be read again."""
+        cache = check_cache(past_key_values)
+        if cache is not None and cache.seen_tokens and next_sequence_length is not None and next_sequence_length < 1:
+            raise ValueError(
+                f"past_key_values has read the whole text and {-next_sequence_length} tokens more; expected a text that goes on"
+            )
+        given = {"past_key_values": past_key_values, "inputs_embeds": inputs_embeds, **kwargs}
+        parent: Any = super()
+        return parent.prepare_inputs_for_generation(input_ids, next_sequence_length=next_sequence_length, **given)
 
     @classmethod
     def _supports_default_dynamic_cache(cls) -> bool:
@@ -264,10 +295,12 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
             model_kwargs["past_key_values"] = GatedDeltaNetCache(self.config)
 
 
-def check_cache(cache: Cache | None) -> GatedDeltaNetCache | None:
-    """TypeError for a cache that cannot hold this model's state."""
+def check_cache(cache: Cache | None, rows: int | None = None) -> GatedDeltaNetCache | None:
+    """TypeError for a cache that cannot hold this model's state, ValueError for one that holds other than these rows."""
     if cache is not None and not isinstance(cache, GatedDeltaNetCache):
         raise TypeError(f"past_key_values is a {type(cache).__name__}; expected a GatedDeltaNetCache")
+    if cache is not None and rows is not None and cache.seen_tokens and cache.batch_size != rows:
+        raise ValueError(f"past_key_values holds {cache.batch_size} rows; the batch has {rows}")
     return cache
 
 
@@ -331,22 +364,26 @@ def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tupl
     if given.ndim != (2 if inputs_embeds is None else 3) or 0 in given.shape:
         wanted = "[B, T]" if inputs_embeds is None else "[B, T, hidden]"
         raise ValueError(f"{name} is {tuple(given.shape)}; expected {wanted} with at least one row and one token")
+    if input_ids is not None and (input_ids.is_floating_point() or input_ids.dtype == torch.bool):
+        raise ValueError(f"input_ids are {input_ids.dtype}; expected integers")
     return given.shape[0], given.shape[1]
 
 
-def _check_ids(ids: Tensor, vocab: int) -> None:
-    """ValueError for the first id that is no token. On a GPU single tokens and training are not held up to look."""
+def _check_ids(ids: Tensor, vocab: int, name: str = "input_ids") -> None:
+    """As `_check_range`, but on a GPU training is not held up to look, nor are single tokens that modules read."""
     if not torch.compiler.is_compiling() and (ids.device.type == "cpu" or (ids.shape[1] > 1 and not torch.is_grad_enabled())):
-        _check_range(ids, vocab)
+        _check_range(ids, vocab, name)
 
 
-def _check_range(ids: Tensor, vocab: int) -> None:
-    outside = ((ids < 0) | (ids >= vocab)).nonzero()
+def _check_range(ids: Tensor, vocab: int, name: str = "input_ids") -> None:
+    """ValueError for the first id that is no token; of labels, nor -100."""
+    outside = (ids < 0) | (ids >= vocab)
+    labels = name == "labels"
+    outside = (outside & (ids != IGNORED) if labels else outside).nonzero()
     if len(outside):
         row, column = outside[0].tolist()
-        raise ValueError(
-            f"input_ids[{row}, {column}] = {int(ids[row, column])}; expected an id in [0, {vocab}), the vocabulary"
-        )
+        wanted = f"an id in [0, {vocab}), the vocabulary" + (f", or {IGNORED}" if labels else "")
+        raise ValueError(f"{name}[{row}, {column}] = {int(ids[row, column])}; expected {wanted}")
 
 
 def _refuse_unknown(kwargs: dict[str, Any]) -> None:

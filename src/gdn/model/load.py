@@ -27,12 +27,12 @@ def is_ours(folder: Path) -> bool:
     return bool(read_json(folder / CONFIG).get("model_type") == MODEL_TYPE)
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a file; CheckpointError naming it if it is missing or broken."""
+def read_json(path: Path, expected: str = f"a folder with {CONFIG} and {WEIGHTS}") -> dict[str, Any]:
+    """A JSON object from a file; CheckpointError naming it if it is missing, where `expected` should be, or broken."""
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-    except (FileNotFoundError, NotADirectoryError):
-        raise CheckpointError(f"{path}: no such file; expected a folder with {CONFIG} and {WEIGHTS}") from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise CheckpointError(f"{path}: no such file; expected {expected}") from None
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise CheckpointError(f"{path}: not valid JSON: {error}") from None
     if not isinstance(data, dict):

@@ -97,7 +97,7 @@ class DecodeState:
                 tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
         except FileNotFoundError:
             raise CheckpointError(f"{path}: no such file; expected a saved decode state") from None
-        except (SafetensorError, IsADirectoryError) as error:
+        except (SafetensorError, OSError) as error:  # OSError of a folder, by its system's words
             raise CheckpointError(f"{path}: damaged or no safetensors file: {error}") from None
         if metadata.get("layout") != LAYOUT:
             raise CheckpointError(f"{path}: layout = {metadata.get('layout')!r}; expected a decode state of layout {LAYOUT!r}")

@@ -48,8 +48,8 @@ def operand_dtype(weight: Tensor) -> torch.dtype:
 def embed(ids: Tensor, embeddings: Tensor, position: Tensor, norm: Tensor) -> Residual:
     """The rows' vectors, and one more token at position [B] int64, in place; norm: the first layer's. The start of a chain."""
     B, K = len(ids), embeddings.shape[1]
-    if K % SQUARES:
-        raise ValueError(f"{K} columns; expected a multiple of {SQUARES}")
+    if K % SQUARES or len(position) != B:
+        raise ValueError(f"{B} ids of {K} columns at {len(position)} positions; expected as many, of a multiple of {SQUARES}")
     count = K // SQUARES  # of sums of squares; and at least of tiles, for each row
     x, h = torch.empty(B, K, device=ids.device), torch.empty(B, K, dtype=operand_dtype(embeddings), device=ids.device)
     squares, parts = x.new_empty(B, 1, count), x.new_empty(PARTS, B, K)

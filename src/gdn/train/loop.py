@@ -70,7 +70,7 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
         micro_batch = MicroBatch(model, run.train.cuda_graph)
         agree(lambda: write_text(folder / RECIPE, recipe), workers)
 
-        metrics = stack.enter_context(Metrics(folder, run)) if workers.first else None
+        metrics = stack.enter_context(Metrics(folder, run, progress.step)) if workers.first else None
         display = stack.enter_context(
             Display(console if workers.first else Console(quiet=True), run.train.steps, progress.step)
         )
@@ -119,11 +119,17 @@ def train(run: RunConfig, folder: Path, device: torch.device, console: Console) 
                 display.update(row)
             if guard.stopping or (workers.mesh is None and stopped):
                 break
+            saving, measures = last or progress.step % run.checkpoint.every == 0, due(run, heldout, progress.step)
+            if saving or any(measures):
+                guard.read(progress.step)  # and the device has done what is queued: steps, which are not aside
             with meter.aside():
-                if last or progress.step % run.checkpoint.every == 0:
+                if saving:
                     save()
                     saved_at = progress.step
-                if scores := evaluate(run, model, heldout, loader.shards.folder / TOKENIZER, progress.step, workers):
+                if any(measures):
+                    loader.check_unchanged()
+                    scores = evaluate(run, model, heldout, loader.shards.folder / TOKENIZER, measures, workers)
+                    loader.check_unchanged()
                     report({"step": progress.step} | scores)
         if saved_at != progress.step:
             save()
@@ -170,23 +176,31 @@ def train_step(
     return StepResult(loss, grad_norm, stopping)
 
 
+class Due(NamedTuple):
+    """What is to be measured after a step."""
+
+    loss: bool  # on held-out text
+    tasks: bool
+
+
+def due(run: RunConfig, heldout: TokenShards | None, step: int) -> Due:
+    """What the recipe wants measured after `step`: at every so many steps, and at the last."""
+    at = [bool(every) and (step == run.train.steps or step % every == 0) for every in (run.eval.every, run.eval.tasks_every)]
+    return Due(at[0] and heldout is not None, at[1])
+
+
 def evaluate(
-    run: RunConfig, model: GatedDeltaNetLM, heldout: TokenShards | None, tokenizer: Path, step: int, workers: Workers
+    run: RunConfig, model: GatedDeltaNetLM, heldout: TokenShards | None, tokenizer: Path, wanted: Due, workers: Workers
 ) -> dict[str, float]:
-    """What the recipe wants measured after `step`: held-out loss and the scores of its tasks, "task/metric" to value."""
-    last = step == run.train.steps
-    loss_due = heldout is not None and run.eval.every and (last or step % run.eval.every == 0)
-    tasks_due = run.eval.tasks_every and (last or step % run.eval.tasks_every == 0)
+    """Held-out loss and the scores of the recipe's tasks, "task/metric" to value, as far as they are wanted."""
     scores: dict[str, float] = {}
-    if not loss_due and not tasks_due:
-        return scores
     # Whole in every process: the harness shares documents out, and a sharded model would wait for processes that have none.
     plain = model if workers.mesh is None else gather(model, next(model.parameters()).device)
     assert plain is not None
-    if loss_due:
+    if wanted.loss:
         assert heldout is not None
         scores |= heldout_loss(plain, heldout, run.data.seq_len, run.data.micro_batch_size, run.eval.windows)
-    if tasks_due:
+    if wanted.tasks:
         scores |= task_scores(plain, run, tokenizer)
     return scores
 
@@ -221,6 +235,7 @@ def open_data(run: RunConfig) -> tuple[Loader, TokenShards | None]:
         return loader, None
     heldout = TokenShards.open(folder, HELDOUT)
     heldout.verify()
+    loader.watch(heldout.paths)
     return loader, heldout
 
 

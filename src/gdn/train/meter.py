@@ -5,6 +5,7 @@ the loss. The profiler's window alone waits, at its two ends.
 """
 
 import importlib
+import logging
 import re
 import resource
 import sys
@@ -16,6 +17,8 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+
+log = logging.getLogger(__name__)
 
 # Dense bfloat16 with float32 sums, TFLOP/s of one card, from NVIDIA's data sheets (H200, H200 NVL, H100, A100, L40S, L4: the
 # figure with sparsity halved) and architecture white papers (GeForce). The first row whose words are all in the name counts.
@@ -191,6 +194,7 @@ class ProfilerWindow:
     def __init__(self, folder: Path, window: tuple[int, int] | None, device: torch.device) -> None:
         self._folder, self._window, self._device = folder / "profile", window, device
         self._profiler: Any = None
+        self._opened = False
 
     def before(self, step: int) -> None:
         """`step` (from 1) is about to begin."""
@@ -203,6 +207,7 @@ class ProfilerWindow:
                 activities.append(torch.profiler.ProfilerActivity.CUDA)
             self._profiler = torch.profiler.profile(activities=activities, record_shapes=True)
             self._profiler.start()
+            self._opened = True
         elif self._profiler is not None and step > self._window[1]:
             self._write()
 
@@ -227,3 +232,5 @@ class ProfilerWindow:
         """The window may be open still: it ends with the run's last step, or where the run is stopped."""
         if self._profiler is not None:
             self._write()
+        elif self._window is not None and not self._opened:
+            log.warning("nothing was profiled: no step from %d to %d was among those that ran", *self._window)

@@ -24,8 +24,8 @@ _WANDB_ID = "wandb-id"
 class Metrics:
     """Appends rows to `folder`/metrics.jsonl, each flushed, and to the trackers that the recipe asks for."""
 
-    def __init__(self, folder: Path, run: RunConfig) -> None:
-        """Raises ConfigError for a tracker that is not installed."""
+    def __init__(self, folder: Path, run: RunConfig, step: int = 0) -> None:
+        """Of a run that stands at `step`. Raises ConfigError for a tracker that is not installed."""
         self._board: Any = None
         self._wandb: Any = None
         if run.log.tensorboard:
@@ -33,7 +33,7 @@ class Metrics:
                 from torch.utils.tensorboard import SummaryWriter
             except ImportError:
                 raise ConfigError('log.tensorboard = true needs tensorboard: pip install "gdn[tensorboard]"') from None
-            self._board = SummaryWriter(str(folder / "tensorboard"))
+            self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1)
         if run.log.wandb:
             try:
                 import wandb

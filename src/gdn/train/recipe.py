@@ -128,6 +128,8 @@ class RunConfig:
         for key, value in {"optim.weight_decay": optim.weight_decay, "eval.every": self.eval.every}.items():
             if value < 0:
                 raise ConfigError(f"{key} = {value}; expected 0 or more")
+        if not 0 <= train.seed < 2**63:
+            raise ConfigError(f"train.seed = {train.seed}; expected 0 to {2**63 - 1}")
         if self.eval.tasks_every < 0 or self.eval.tasks_limit <= 0:
             got = f"{self.eval.tasks_every} and {self.eval.tasks_limit}"
             raise ConfigError(f"eval.tasks_every and eval.tasks_limit = {got}; expected 0 or more, and more than 0")

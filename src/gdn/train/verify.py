@@ -49,6 +49,8 @@ def verify_resume(run: RunConfig, options: Options, say: Callable[[str], None]) 
     """
     if options.steps < 3 or options.steps % 3:
         raise ConfigError(f"--steps {options.steps}; expected 3, 6, 9, ...")
+    if options.processes < 0:
+        raise ConfigError(f"--processes {options.processes}; expected 0 (no torchrun) or more")
     if options.out.exists():
         raise ConfigError(f"{options.out} exists; delete it or choose another --out")
     third = options.steps // 3
@@ -69,15 +71,17 @@ def verify_resume(run: RunConfig, options: Options, say: Callable[[str], None]) 
 
     stopped = options.out / "stopped"
     _train(recipe, stopped, options, signal.SIGKILL, third)
-    for later in checkpoints(stopped / CHECKPOINTS)[1:]:  # published before the kill: as if it had come in time
-        shutil.rmtree(later)
+    _drop_after(third, stopped)  # what was published before the kill: as if it had come in time
     control = options.out / "control"
     shutil.copytree(stopped, control)
     _train(recipe, stopped, options, signal.SIGTERM, 2 * third)
+    if _newest(stopped) == options.steps:  # the signal came too late
+        _drop_after(2 * third, stopped)
+    stop = _newest(stopped)
     _train(recipe, stopped, options, None)
     parted = _first_difference(expected, _digests(stopped))
     shutil.rmtree(stopped)
-    say(f"killed after step {third}, stopped after step {2 * third}, gone on: {parted or 'the same bits at all of them'}")
+    say(f"killed after step {third}, stopped after step {stop}, gone on: {parted or 'the same bits at all of them'}")
 
     lost = _forget(checkpoints(control / CHECKPOINTS)[0])
     _train(recipe, control, options, None)
@@ -104,9 +108,26 @@ def _train(recipe: Path, out: Path, options: Options, stop: signal.Signals | Non
         if stop is not None and process.poll() is None:
             os.killpg(process.pid, stop)
         code = process.wait()
-    if code not in (0, -signal.SIGKILL) and not (stop is not None and options.processes and awaited.exists()):
+    meant = {0, -signal.SIGKILL} if stop is signal.SIGKILL else {0}
+    if code not in meant and not (stop is not None and options.processes and awaited.exists()):
         said = Path(log.name).read_text(encoding="utf-8", errors="replace").strip().splitlines()
-        raise RunError(f"gdn train ended with {code}: {said[-1] if said else 'no word'}; all it said is in {log.name}")
+        ended = f"was killed by signal {-code} from outside" if code < 0 else f"ended with {code}"
+        raise RunError(f"gdn train {ended}: {said[-1] if said else 'no word'}; all it said is in {log.name}")
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def _newest(folder: Path) -> int:
+    return _step(checkpoints(folder / CHECKPOINTS)[-1])
+
+
+def _drop_after(step: int, folder: Path) -> None:
+    """Delete a run's checkpoints of later steps."""
+    for path in checkpoints(folder / CHECKPOINTS):
+        if _step(path) > step:
+            shutil.rmtree(path)
 
 
 @contextmanager
@@ -130,7 +151,7 @@ def _digests(folder: Path) -> dict[int, Digests]:
             for name, tensor in _tensors(file).items():
                 data = tensor.reshape(-1).view(torch.uint8).numpy().data
                 digests[f"{file.relative_to(checkpoint)}: {name}"] = hashlib.sha256(data).hexdigest()
-        found[int(checkpoint.name.removeprefix("step-"))] = digests
+        found[_step(checkpoint)] = digests
     return found
 
 
