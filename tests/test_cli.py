@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from gdn.cli import main
+from gdn.data.tokenizer import train_bpe
 
 RECIPES = Path(__file__).parents[1] / "recipes"
 TINY = """
@@ -193,6 +194,8 @@ def test_a_damaged_folder_is_named(work: Path, tmp_path: Path, capsys: pytest.Ca
     damaged("model.safetensors", whole["model.safetensors"][:-7], str(folder / "model.safetensors"), "damaged")
     damaged("model.safetensors", None, str(folder / "model.safetensors"), "no such file")
     damaged("tokenizer.json", None, str(folder), "tokenizer.json")
+    train_bpe([f"word{n} other{n} third{n} " * 3 for n in range(99)], 400).save(folder)
+    refused(capsys, ["export", str(folder), str(tmp_path / "out")], "the tokenizer's ids reach ", "expected at most 299")
     damaged("tokenizer.json", whole["tokenizer.json"][:50], str(folder / "tokenizer.json"))
     for change, words in (
         ({"attn": {"layers": [0]}}, "attn = {'layers': [0]} is not built here"),

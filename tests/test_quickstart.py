@@ -19,7 +19,11 @@ from rich.console import Console
 
 from gdn import config
 from gdn.data.shards import HELDOUT, TRAIN, read_manifest
+from gdn.data.tokenizer import load_tokenizer
 from gdn.errors import ConfigError, DataError
+from gdn.generation.engine import generate
+from gdn.generation.sampling import Sampling
+from gdn.model.load import load_model
 from gdn.quickstart import Options, quickstart, recipe
 from gdn.train.metrics import read_metrics
 from gdn.train.recipe import RunConfig
@@ -182,3 +186,22 @@ def test_ctrl_c_keeps_a_checkpoint_and_the_same_command_finishes(text: Path, don
     steps = [row["step"] for row in read_metrics(out / "run") if "loss" in row]
     assert steps == list(range(1, 61))
     assert json.loads((out / "results.json").read_text())["steps"] == 60
+
+
+def test_the_model_writes_the_same_text_by_whole_passes_chunks_and_single_tokens(done: Path) -> None:
+    """In bfloat16, where the three round differently: what docs/numerics.md promises of this model."""
+    model = load_model(done / "model", dtype=torch.bfloat16)
+    ids = load_tokenizer(done / "model").encode(write_words(7, 60))
+    ids = [0, *ids][:130]
+    greedy, wanted, found, state = Sampling(temperature=0), list(ids), list(ids), model.new_state(1)
+    with torch.no_grad():
+        for _ in range(40):
+            wanted.append(int(model(torch.tensor([wanted])).logits[0, -1].argmax()))
+        for n in range(len(ids) + 39):
+            logits = model(torch.tensor([found[n : n + 1]]), state=state).logits
+            if n >= len(ids) - 1:
+                found.append(int(logits[0, -1].argmax()))
+    for chunk in (64, 128):
+        written = generate(model, ids, max_new_tokens=40, sampling=greedy, prefill_chunk=chunk)
+        assert [*ids, *written] == wanted == found
+    assert len(set(wanted[len(ids) :])) > 3

@@ -138,6 +138,8 @@ def test_bad_arguments_are_named_at_the_call() -> None:
     refused(r"prompt_ids\[0\] = -1", [-1])
     refused(r"prompt_ids is torch.int64 \(1, 2\)", [[1, 2]])
     refused("prompt_ids is torch.float32", [1.5])
+    for strange in (["a"], None, "abc", [2**70], [[1], [2, 3]]):
+        refused("prompt_ids is no row of integers: ", strange)
     refused("max_new_tokens = -1", max_new_tokens=-1)
     refused("eos_ids: 61", eos_ids=[VOCAB])
     refused("prefill_chunk = 100; expected a multiple of 64", prefill_chunk=100)

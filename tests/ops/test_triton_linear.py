@@ -220,6 +220,8 @@ def test_a_token_s_vectors_and_its_position() -> None:
     assert torch.equal(given.x, table[ids].float()) and position.tolist() == [5, 1, 8]
     assert torch.equal(given.normed.h, table[ids].float() * norm) and not given.arrived.any()
     assert relative_error(given.normed.squares[:, 0], table[ids].double().square().unflatten(1, (-1, 16)).sum(2)) <= 1e-6
+    with pytest.raises(ValueError, match="3 ids of 96 columns at 1 positions; expected as many"):  # it would write beyond them
+        embed(ids, table, position[:1], norm)
 
 
 def test_sizes_of_segments_and_groups() -> None:

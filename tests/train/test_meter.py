@@ -219,6 +219,25 @@ def test_weights_and_biases(shards: Path, tmp_path: Path, monkeypatch: pytest.Mo
     assert fake.ended[-1] == 1
 
 
+def test_a_run_that_goes_on_is_one_line_in_tensorboard(shards: Path, tmp_path: Path) -> None:
+    """Killed after step 9, gone on with from the checkpoint of step 5."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = make_run(shards, log={"tensorboard": True})
+    for begun, steps in ((0, range(1, 10)), (5, range(6, 9))):
+        with Metrics(tmp_path, run, begun) as metrics:
+            for step in steps:
+                metrics.write({"step": step, "loss": begun + step})
+        time.sleep(1.1)  # files are read in the order of their names, which hold seconds
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [
+        *((step, float(step)) for step in range(1, 6)),
+        *((step, 5.0 + step) for step in range(6, 9)),
+    ]
+
+
 def test_a_tracker_that_is_not_installed_is_one_line(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "wandb", None)
     with pytest.raises(ConfigError, match=r'log\.wandb = true needs wandb: pip install "gdn\[wandb\]"'):
