@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from gdn import cli
 from gdn.cli import main
 from gdn.data.tokenizer import train_bpe
 
@@ -314,3 +315,21 @@ def test_the_card_takes_further_results_and_tells_no_other_datas(
     (checkpoint / "recipe.toml").write_text(recipe.replace(str(work / "shards"), str(tmp_path / "moved")))
     assert main(["export", str(checkpoint), str(tmp_path / "moved-data")]) == 0
     assert "| fingerprint | of other data |" in (tmp_path / "moved-data" / "README.md").read_text()
+
+
+def test_memory_that_is_not_there_is_one_line(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    def wants(error: Exception) -> None:
+        def command(args: object) -> int:
+            raise error
+
+        monkeypatch.setattr(cli, "_generate", command)
+
+    wants(torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nmore"))
+    refused(capsys, ["generate", "folder", "x"], "gdn: CUDA out of memory. Tried to allocate 2.00 GiB.\n")
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator") as allocator:
+        torch.empty(2**55)
+    wants(allocator.value)
+    refused(capsys, ["generate", "folder", "x"], "can't allocate memory")
+    wants(RuntimeError("another"))
+    with pytest.raises(RuntimeError, match="another"):
+        main(["generate", "folder", "x"])

@@ -31,6 +31,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         print(f"gdn: {where}{error.strerror or error}", file=sys.stderr)
+    except RuntimeError as error:  # torch's word for memory that a GPU, or this machine, has not
+        if "out of memory" not in str(error) and "can't allocate memory" not in str(error):
+            raise
+        print(f"gdn: {str(error).splitlines()[0]}", file=sys.stderr)
     except KeyboardInterrupt:
         print("gdn: interrupted", file=sys.stderr)
         return 130
