@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
+from sampling_testing import draw_by_sorting, keep
 from torch import Tensor
 
+import gdn.generation.sampling as sampling_module
 from gdn.errors import CheckpointError, ConfigError
-from gdn.generation.sampling import Sampling, keep, sample
+from gdn.generation.sampling import Sampling, draw, sample
 
 INF = math.inf
 # Probabilities of four tokens, out of order.
@@ -18,8 +20,16 @@ def generator(seed: int = 0) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
+def drawable(logits: Tensor, sampling: Sampling) -> Tensor:
+    """Mask [N, vocab] of the tokens that are drawn where the noise is all for them."""
+    vocab = logits.shape[1]
+    noise = torch.ones(vocab, vocab).fill_diagonal_(1e-37)
+    rows = [draw(row.expand(vocab, -1), sampling, noise) == torch.arange(vocab) for row in logits]
+    return torch.stack(rows)
+
+
 def kept_ids(sampling: Sampling, logits: Tensor = LOGITS) -> list[int]:
-    return keep(logits, sampling)[0].nonzero().flatten().tolist()
+    return drawable(logits, sampling)[0].nonzero().flatten().tolist()
 
 
 @pytest.mark.parametrize(
@@ -57,15 +67,27 @@ def test_top_k_is_exact_among_equal_logits_and_prefers_the_lower_id() -> None:
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(40, None), (None, 0.9), (300, 0.5), (None, 1e-6), (5000, 0.999)])
 def test_the_kept_set_is_that_of_a_stable_sort_of_many_equal_logits(top_k: int | None, top_p: float | None) -> None:
-    logits = torch.randn(3, 4000, generator=torch.Generator().manual_seed(5)).mul(4).round()
+    logits = torch.randn(3, 1000, generator=torch.Generator().manual_seed(5)).mul(4).round()
     logits[:, ::7] = -torch.inf
     ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
-    kept = torch.arange(4000).expand(3, -1) < (top_k or 4000)
+    kept = torch.arange(1000).expand(3, -1) < (top_k or 1000)
     if top_p is not None:
         probabilities = ordered.masked_fill(~kept, -torch.inf).softmax(-1)
         kept = kept & (probabilities.cumsum(-1) - probabilities < top_p)
     wanted = torch.zeros_like(kept).scatter_(-1, ids, kept)
-    assert torch.equal(keep(logits, Sampling(top_k=top_k, top_p=top_p)), wanted)
+    sampling = Sampling(top_k=top_k, top_p=top_p)
+    assert torch.equal(keep(logits, sampling), wanted) and torch.equal(drawable(logits, sampling), wanted & logits.isfinite())
+
+
+@pytest.mark.parametrize("top_k", [None, 1, 7, 60, 5000])
+@pytest.mark.parametrize("top_p", [None, 1e-9, 0.3, 0.8, 1.0])
+def test_a_draw_is_that_of_the_sort(top_k: int | None, top_p: float | None) -> None:
+    sampling = Sampling(1.7, top_k=top_k, top_p=top_p)
+    logits, noise = torch.randn(40, 300, generator=generator(3)) * 2, torch.empty(40, 300).exponential_(generator=generator(4))
+    for x in (logits, logits.round()):
+        assert torch.equal(draw(x, sampling, noise), draw_by_sorting(x, sampling, noise))
+    free = draw(logits, Sampling(1.7), noise)
+    assert torch.equal(free, draw(logits, sampling, noise)) == (top_k in (None, 5000) and top_p in (None, 1.0))  # the control
 
 
 def test_top_p_of_one_keeps_tokens_that_the_rounded_sum_would_drop() -> None:
@@ -143,9 +165,25 @@ def test_half_precision_logits_are_scaled_in_float32() -> None:
     assert abs(share - 1 / (1 + math.exp(-0.0625 / 0.05))) < 0.015
 
 
-def test_a_token_of_logit_minus_infinity_is_never_chosen_even_where_the_noise_is_zero(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(torch.Tensor, "exponential_", lambda self, generator=None: self.zero_())
+@pytest.mark.parametrize("uniform", [0.0, 1.0 - 2.0**-24], ids=["least", "most"])
+def test_a_token_of_logit_minus_infinity_is_never_chosen_whatever_the_noise(
+    uniform: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, generator=None: self.fill_(uniform))
     assert sample(torch.tensor([[-INF, 0.0, -INF]]), Sampling(), generator()).tolist() == [1]
+    assert draw(torch.tensor([[-INF, 0.0, -INF]]), Sampling(), torch.zeros(1, 3)).tolist() == [1]
+
+
+def test_the_noise_is_exponential(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Tensor] = []
+    monkeypatch.setattr(sampling_module, "draw", lambda logits, sampling, noise: seen.append(noise))
+    sample(torch.zeros(1, 2_000_000), Sampling(), generator(1))
+    noise = seen[0].double().flatten()
+    assert 0 < float(noise.min()) < 1e-5 and bool(noise.isfinite().all())
+    assert abs(float(noise.mean()) - 1) < 3e-3 and abs(float(noise.var()) - 1) < 8e-3
+    for at in (1e-3, 0.1, 1.0, 5.0):
+        share, wanted = float((noise < at).double().mean()), -math.expm1(-at)
+        assert abs(share - wanted) < 4 * math.sqrt(wanted * (1 - wanted) / len(noise)), at
 
 
 @pytest.mark.parametrize("bad", [math.nan, INF], ids=str)
