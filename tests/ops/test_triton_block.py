@@ -3,12 +3,14 @@
 Beside the modules in float64. On a GPU in bf16 too, where Hopper's own kernels and the products' float32 output come in.
 """
 
+import weakref
 from typing import Any
 
 import pytest
 import torch
 from ops_testing import boundaries, relative_error
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from gdn.model.config import ModelConfig
 from gdn.model.lm import Block
@@ -218,3 +220,31 @@ def test_linear_cross_entropy_by_the_kernel(monkeypatch: pytest.MonkeyPatch) -> 
         assert torch.equal(linear_cross_entropy(*leaves, labels), found[1][0])
     empty = linear_cross_entropy(leaves[0][:0], leaves[1], labels[:0])
     assert empty == 0 and not torch.autograd.grad(empty, leaves[1])[0].any()
+
+
+class ChunksAlive(TorchFunctionMode):
+    """How many earlier chunks of logits [rows, V] were alive at the product that makes the next, of hidden [rows, D]."""
+
+    def __init__(self, D: int) -> None:
+        super().__init__()
+        self._D, self._made = D, list[weakref.ref[Tensor]]()
+        self.counts: list[int] = []
+
+    def __torch_function__(self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
+        makes = "matmul" in getattr(function, "__name__", "") and args[0].shape[-1] == self._D
+        if makes:
+            self.counts.append(sum(made() is not None for made in self._made))
+        result = function(*args, **kwargs or {})
+        if makes:
+            self._made.append(weakref.ref(result))
+        return result
+
+
+def test_chunks_of_logits_are_in_memory_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    R, D, V = 300, 6, 11
+    monkeypatch.setattr("gdn.ops.cross_entropy._GPU_CHUNK_LOGITS", 128 * V)
+    monkeypatch.setattr("gdn.ops.cross_entropy.backend_for", lambda _: "triton")
+    hidden, weight = (torch.randn(n, D, device=DEVICE, requires_grad=True) for n in (R, V))
+    with ChunksAlive(D) as alive:
+        linear_cross_entropy(hidden, weight, torch.zeros(R, dtype=torch.int64, device=DEVICE))
+    assert alive.counts == [0, 0, 0]

@@ -68,11 +68,12 @@ def draw(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
     if top_k is None and top_p is None:
         return noisy.argmax(dim=-1)
     mass, ids = scores.exp(), torch.arange(scores.shape[-1], device=scores.device)
-    whole = mass.sum(dim=-1)
+    among = mass
     if top_k is not None:  # at once but for equal scores: of flat logits hardly a first choice is among the k best
         best = scores.topk(top_k).values
         noisy.masked_fill_(scores < best[:, -1:], -torch.inf)
-        whole = best.exp().sum(dim=-1)
+        among = best.exp()
+    whole = among.sum(dim=-1)
     while True:
         token = noisy.argmax(dim=-1, keepdim=True)
         of_token = scores.gather(-1, token)

@@ -193,7 +193,7 @@ class GatedDeltaNetForCausalLM(GatedDeltaNetPreTrainedModel, GenerationMixin):
         if labels is not None:
             if labels.shape != (B, T):
                 raise ValueError(f"labels are {tuple(labels.shape)}; expected {(B, T)} as the inputs")
-            _check_ids(labels, self.config.vocab_size, "labels")
+            _check_ids(labels, self.config.vocab_size, "labels", IGNORED)
         before = None if cache is None else cache.last_hidden
         outputs = self.model(
             input_ids=input_ids,
@@ -369,20 +369,20 @@ def _input_shape(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tupl
     return given.shape[0], given.shape[1]
 
 
-def _check_ids(ids: Tensor, vocab: int, name: str = "input_ids") -> None:
+def _check_ids(ids: Tensor, vocab: int, name: str = "input_ids", but: int | None = None) -> None:
     """As `_check_range`, but on a GPU training is not held up to look, nor are single tokens that modules read."""
     if not torch.compiler.is_compiling() and (ids.device.type == "cpu" or (ids.shape[1] > 1 and not torch.is_grad_enabled())):
-        _check_range(ids, vocab, name)
+        _check_range(ids, vocab, name, but)
 
 
-def _check_range(ids: Tensor, vocab: int, name: str = "input_ids") -> None:
-    """ValueError for the first id that is no token; of labels, nor -100."""
+def _check_range(ids: Tensor, vocab: int, name: str = "input_ids", but: int | None = None) -> None:
+    """ValueError for the first id that is no token, nor `but`."""
     outside = (ids < 0) | (ids >= vocab)
-    labels = name == "labels"
-    outside = (outside & (ids != IGNORED) if labels else outside).nonzero()
-    if len(outside):
-        row, column = outside[0].tolist()
-        wanted = f"an id in [0, {vocab}), the vocabulary" + (f", or {IGNORED}" if labels else "")
+    if but is not None:
+        outside &= ids != but
+    if outside.any():
+        row, column = outside.nonzero()[0].tolist()
+        wanted = f"an id in [0, {vocab}), the vocabulary" + ("" if but is None else f", or {but}")
         raise ValueError(f"{name}[{row}, {column}] = {int(ids[row, column])}; expected {wanted}")
 
 

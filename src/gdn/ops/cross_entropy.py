@@ -106,4 +106,6 @@ def _on_gpu(
             else:
                 d = torch.mm(logits.mT, h, out_dtype=torch.float32)
             d_weight = d if d_weight is None else d_weight.add_(d)
+            del d
+        del logits  # before the next chunk's are there: this is where a training step's memory peaks
     return losses.sum(), d_hidden, d_weight
