@@ -7,6 +7,7 @@ import os
 import re
 import signal
 from collections.abc import Iterator
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,8 @@ pytest.importorskip("datatrove")
 from eval_testing import sentence, write_data, write_tokenizer
 from shards_testing import write_rows
 
+import gdn.distributed.mesh as mesh
+import gdn.reproduce as reproduce_module
 import gdn.train.loop as loop
 from gdn.cli import main
 from gdn.data.shards import read_manifest
@@ -217,6 +220,14 @@ def test_the_band(place: Place, capsys: pytest.CaptureFixture[str]) -> None:
     assert "another text" in capsys.readouterr().err
     assert place.run("--tasks", "none", "--record-band") == 2
     assert "--record-band records into a band" in capsys.readouterr().err
+
+
+def test_a_verdict_is_no_crash_to_torchrun(place: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reproduce_module, "reproduce", lambda *_: reproduce_module.Result(None, True))
+    assert place.run(out=place.folder / "outside") == 1
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    monkeypatch.setattr(mesh, "join", nullcontext)
+    assert place.run(out=place.folder / "outside") == 0
 
 
 def test_stretches_by_hand() -> None:

@@ -2,6 +2,8 @@ import gzip
 import json
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -15,6 +17,7 @@ import gdn.train.meter as meter_module
 from gdn import config as toml
 from gdn.cli import main
 from gdn.errors import ConfigError
+from gdn.train.guard import Guard
 from gdn.train.meter import Energy, Meter, Peak, measure_peak, nominal_peak
 from gdn.train.metrics import Metrics, progress_line, read_metrics
 
@@ -151,6 +154,31 @@ def test_a_run_reports_what_it_costs(shards: Path, tmp_path: Path, monkeypatch: 
         assert row["mfu_measured"] == pytest.approx(2 * row["mfu"])
         assert 0 < row["data_wait"] < 1 and row["memory_gib"] > 0.01
     assert rows[-1]["seconds_left"] == 0 and rows[0]["seconds_left"] > 0
+
+
+def test_the_device_is_waited_for_before_what_does_not_count(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else steps that are still queued would be taken for a part of the checkpoint, and their row for a faster one."""
+    read_at: list[int] = []
+    begun: list[bool] = []
+    read = Guard.read
+
+    def reads(guard: Guard, step: int) -> None:
+        read_at.append(step)
+        read(guard, step)
+
+    @contextmanager
+    def aside(meter: Meter) -> Iterator[None]:
+        before = len(read_at)
+        yield
+        if len(read_at) > before:  # a checkpoint was made
+            begun.append(read_at[before - 2 : before] == 2 * [read_at[before]])  # as it was noted, and before this block
+
+    monkeypatch.setattr(Guard, "read", reads)
+    monkeypatch.setattr(Meter, "aside", aside)
+    go(make_run(shards, log={"every": 100}, checkpoint={"every": 2, "keep": 2}), tmp_path / "run")
+    assert begun == [True, True, True]
 
 
 def test_the_profilers_window(shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
