@@ -33,6 +33,7 @@ from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops import triton_chain, triton_layer_step, triton_linear
+from gdn.ops.pending import SLOTS
 from gdn.ops.triton_configs import shared_memory
 from gdn.ops.triton_linear import TILES, Tile, tile_for
 
@@ -96,7 +97,7 @@ def ids_of(model: GatedDeltaNetLM, rows: int) -> Tensor:
 
 def three_tokens(model: GatedDeltaNetLM, ids: Tensor, state: DecodeState) -> list[Tensor]:
     decoder = GPUDecoder(model)
-    return [decoder.step((ids + n) % model.config.vocab_size, state) for n in range(3)]
+    return [decoder.step((ids + n) % model.config.vocab_size, state) for n in range(SLOTS + 1)]
 
 
 def bits(model: GatedDeltaNetLM, rows: int) -> dict[str, Any]:
@@ -221,7 +222,7 @@ def sweep(model: GatedDeltaNetLM, rows: int, report: Report, until: float) -> No
 
 
 def is_chained(product: str, rows: int) -> bool:
-    return bool(triton_chain.link(torch.device("cuda"), rows=rows, beside_states=product == "output")["CHAINED"])
+    return bool(triton_chain.link(torch.device("cuda"), rows=rows, states=product == "middle")["CHAINED"])
 
 
 def compile_some(work: list[tuple[int, str | None, Tile | None, bool]]) -> None:

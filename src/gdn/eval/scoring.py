@@ -102,10 +102,10 @@ class Scorer:
             group = shared[start : start + self.max_rows]
             state, row = self.model.new_state(len(group) + 1), 0
             for batch in self._batches(group, len(group)):
-                part = _rows(state, row, row + len(batch) + 1)  # the next one's row is the spare one: it is emptied behind
+                part = state.view(row, row + len(batch) + 1)  # the next one's row is the spare one: it is emptied behind
                 self._score(batch, part, results)
                 row += len(batch)
-                _rows(state, row, row + 1).reset()
+                state.view(row, row + 1).reset()
             rests = [rest_of(requests[i], i, row) for row, sequence in enumerate(group) for _, _, i in sequence.wanted]
             # They only read the states, each as often as it is named: by the kernels in place, elsewhere from a layer's copy.
             for batch in self._batches(rests, len(rests) if self.fused else self.max_rows):
@@ -139,7 +139,7 @@ class Scorer:
             mine, ended = [texts[i] for i in batch], partial(_ended, eos_ids=frozenset(eos_ids), stop=stop)
             state = self.model.new_state(len(batch) + 1)
             last = torch.cat(list(self._prefill([prompts[i] for i in batch], state)))
-            state = _rows(state, 0, len(batch))
+            state = state.view(0, len(batch))
             if decoder is None:
                 self._decode(last, state, mine, max_new_tokens, ended)
             else:
@@ -237,7 +237,7 @@ class Scorer:
             flat.extend(bytes(rest))
         begin = torch.tensor([*rows, 0][: len(lengths)], device=self.device) if rows else None
         if state is not None and begin is None:
-            state = _rows(state, 0, len(lengths))
+            state = state.view(0, len(lengths))
         tokens, dtype = tensor_of(flat).to(self.device), self.model.compute_dtype
         if len(set(lengths)) == 1 and self.unit == 1:  # a batch: the same numbers to rounding, and no gathering
             hidden = self.model.model(tokens.view(len(lengths), -1), state, None, dtype, begin)
@@ -306,7 +306,7 @@ class Scorer:
             while end < len(prompts) and tokens + len(prompts[end]) <= self.token_budget:
                 tokens += len(prompts[end])
                 end += 1
-            part = _rows(state, row, end + 1)  # the next one's row is the spare one: it is emptied behind
+            part = state.view(row, end + 1)  # the next one's row is the spare one: it is emptied behind
             if tokens > self.token_budget:
                 ids = prompts[row]
                 for start in range(0, tokens, self.token_budget):
@@ -317,7 +317,7 @@ class Scorer:
                 hidden = self._read(prompts[row:end], part)
                 ends = torch.tensor([len(ids) for ids in prompts[row:end]], device=self.device).cumsum(0)
                 yield hidden[ends - 1]
-            _rows(state, end, end + 1).reset()
+            state.view(end, end + 1).reset()
             row = end
 
 
@@ -327,11 +327,6 @@ def _finite(logs: Tensor) -> Tensor:
     if not logs.isfinite().all():
         raise CheckpointError("the model's logits are nan or infinite: so are its weights, or what it computes from them")
     return logs
-
-
-def _rows(state: DecodeState, start: int, end: int) -> DecodeState:
-    """A view of these rows."""
-    return DecodeState(state.recurrent[:, start:end], state.conv[:, start:end], state.position[start:end])
 
 
 def _ended(text: list[int], *, eos_ids: frozenset[int], stop: Callable[[list[int]], bool] | None) -> bool:

@@ -75,9 +75,7 @@ def _run(
             row, i = free.pop(), waiting.pop()
             own = model.new_state(1)
             logits = read_prompt(read, prompts[i], own, prefill_chunk)
-            for name in ("recurrent", "conv"):
-                getattr(state, name)[:, row] = getattr(own, name)[:, 0]
-            state.position[row] = own.position[0]
+            state.view(row, row + 1).copy_(own)
             under_way[row] = i, max_new_tokens
             yield from _took(under_way, free, row, stream.start(row, logits, seeds[i]), eos_ids)
         running = list(under_way)

@@ -63,7 +63,7 @@ class GPUDecoder:
                 w = layer.weights
                 projected = linear.project(residual.normed, w.projections, eps, state.conv[n], layer.conv, w.conv_bias)
                 o = layer_step(
-                    projected, layer.A_log, w.dt_bias, w.o_norm, state.recurrent[n],
+                    projected, layer.A_log, w.dt_bias, w.o_norm, state.recurrent[n], state.pending[n], state.position, n,
                     config.num_heads, config.use_gate, config.allow_neg_eigval, dtype,
                 )  # fmt: skip
                 linear.add_output(residual, o, w.out, eps, w.ffn_norm)

@@ -114,6 +114,8 @@ class GatedDeltaNetModel(GatedDeltaNetPreTrainedModel):
         if torch.is_autocast_enabled(device):
             x = x.to(torch.get_autocast_dtype(device))
         state = None if cache is None else cache.state_for(x)
+        if state is not None:
+            state.settle()
         lengths = torch.full(x.shape[:1], x.shape[1], device=x.device) if mask is None else mask.sum(1)
         cu_seqlens = None
         if mask is not None:

@@ -161,6 +161,8 @@ class Backbone(nn.Module):
         """
         x = self.embeddings(x)
         x = x if dtype is None else x.to(dtype)
+        if state is not None:
+            state.settle()
         for i, layer in enumerate(self.layers):
             x = layer(x, None if state is None else LayerState(state.recurrent[i], state.conv[i], rows), cu_seqlens)
         out: Tensor = self.norm(x)

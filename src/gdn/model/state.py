@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -14,12 +15,13 @@ from torch import Tensor
 from gdn.errors import CheckpointError
 from gdn.files import publish_file
 from gdn.model.config import ModelConfig
+from gdn.ops.pending import settle, slot_size, slots_for
 
 if TYPE_CHECKING:
     from gdn.model.lm import GatedDeltaNetLM
 
-LAYOUT = "1"  # of a file's tensors, their names, axes and meaning; raised with any change to them
-_TENSORS = ("recurrent", "conv", "position")
+LAYOUT = "2"  # of a file's tensors, their names, axes and meaning; raised with any change to them
+_TENSORS = ("recurrent", "conv", "pending", "position")
 
 
 @dataclass
@@ -28,24 +30,37 @@ class DecodeState:
 
     recurrent [L, N, HV, K, V] float32: the rule's state of each layer.
     conv [L, N, conv_size - 1, D]: the last inputs of the short convolutions, D = channels of q, k and v side by side.
+    pending [L, N, HV, slots, K + V + 4] in the type of `recurrent`: tokens that it has not taken up yet; `settle` brings them in.
     position [N] int64: tokens read so far.
     """
 
     recurrent: Tensor
     conv: Tensor
+    pending: Tensor
     position: Tensor
 
     @classmethod
     def empty(
-        cls, config: ModelConfig, rows: int, device: torch.device | str = "cpu", dtype: torch.dtype = torch.float32
+        cls,
+        config: ModelConfig,
+        rows: int,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        slots: int | None = None,
     ) -> "DecodeState":
-        """The state before the first token; `dtype` is the model's activation type and concerns the convolutions alone."""
+        """The state before the first token; `dtype` is the model's activation type and concerns the convolutions alone.
+
+        slots: for pending tokens; None: as many as decoding on that device takes (`slots_for`).
+        """
+        if slots is None:
+            slots = slots_for(torch.device(device), dtype, config.head_dim, config.head_v_dim)
         L, carried = config.num_hidden_layers, config.conv_size - 1 if config.use_short_conv else 0
         shape = (L, rows, config.value_heads, config.head_dim, config.head_v_dim)
         wide = torch.promote_types(dtype, torch.float32)
         return cls(
             recurrent=torch.zeros(shape, dtype=wide, device=device),
             conv=torch.zeros(L, rows, carried, 2 * config.key_dim + config.value_dim, dtype=dtype, device=device),
+            pending=torch.zeros(*shape[:3], slots, slot_size(*shape[3:]), dtype=wide, device=device),
             position=torch.zeros(rows, dtype=torch.int64, device=device),
         )
 
@@ -55,33 +70,47 @@ class DecodeState:
 
     @property
     def nbytes(self) -> int:
-        return self.recurrent.nbytes + self.conv.nbytes + self.position.nbytes
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All there is, by name; rows are the second axis, of `position` the first."""
+        return {name: getattr(self, name) for name in _TENSORS}
+
+    def view(self, start: int, end: int) -> "DecodeState":
+        """The rows from `start` up to `end`, in the same memory."""
+        return self._with(lambda tensor: tensor[:, start:end], self.position[start:end])
 
     def select(self, rows: Tensor) -> "DecodeState":
         """A new state made of these rows (int64 [M]), which may repeat."""
-        return DecodeState(self.recurrent[:, rows], self.conv[:, rows], self.position[rows])
+        return self._with(lambda tensor: tensor[:, rows], self.position[rows])
 
     def fork(self) -> "DecodeState":
         """An independent copy."""
-        return DecodeState(self.recurrent.clone(), self.conv.clone(), self.position.clone())
+        return self._with(torch.clone, self.position.clone())
+
+    def _with(self, change: Callable[[Tensor], Tensor], position: Tensor) -> "DecodeState":
+        return DecodeState(change(self.recurrent), change(self.conv), change(self.pending), position)
 
     def copy_(self, other: "DecodeState") -> None:
         """Take over the rows of `other`, of as many, in place."""
-        self.recurrent.copy_(other.recurrent)
-        self.conv.copy_(other.conv)
-        self.position.copy_(other.position)
+        for mine, its in zip(self.tensors().values(), other.tensors().values()):
+            mine.copy_(its)
 
     def reset(self) -> None:
         """Back to the state before the first token, in place."""
-        for tensor in (self.recurrent, self.conv, self.position):
+        for tensor in self.tensors().values():
             tensor.zero_()
+
+    def settle(self) -> None:
+        """Bring what is pending into `recurrent`, in place, as whole passes of the model do before they read it."""
+        settle(self.recurrent, self.pending, self.position)
 
     def save(self, path: Path, model: "GatedDeltaNetLM") -> None:
         """Write all rows, which `model` made, to a safetensors file: complete or absent, in an existing folder.
 
         The file tells its layout, the configuration's hash and that of the gate parameters. The state may be used on.
         """
-        tensors = {name: getattr(self, name).detach().cpu().contiguous() for name in _TENSORS}
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.tensors().items()}
         with publish_file(path) as partial:
             partial.write_bytes(save(tensors, metadata={"layout": LAYOUT, **identity(model)}))
 

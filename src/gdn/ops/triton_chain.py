@@ -13,18 +13,17 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from gdn.ops.triton_configs import hopper
 
-# Rows of a token whose kernels are chained; and those for which the states' kernel and the one after it are too.
-MOST_ROWS, MOST_ROWS_BESIDE_STATES = 64, 16
+# Rows of a token whose kernels are chained; and those for which the states' kernel is too.
+MOST_ROWS, MOST_ROWS_OF_STATES = 64, 16
 
 
-def link(device: torch.device, start: bool = False, rows: int = 1, beside_states: bool = False) -> dict[str, Any]:
+def link(device: torch.device, start: bool = False, rows: int = 1, states: bool = False) -> dict[str, Any]:
     """Options of a launch that calls `begin` and `wait`: of a chain's link, or of its start, before which all is done.
 
-    beside_states: whether it would wait beside the kernel of the states, or is that kernel. What waits there takes room from
-    it, which costs more than an early begin saves where rows are many: on an H200 a token of 64 rows without its draw takes
-    1.34 ms unchained, 1.30 as this chains it, 1.33 with all chained; 256 rows 3.7, 3.9 and 4.2 (docs/log.md).
+    states: whether it is the kernel of the states. What of it waits takes room and bytes from the product before it, which
+    costs more than an early begin saves where rows are many (docs/log.md).
     """
-    if rows > (MOST_ROWS_BESIDE_STATES if beside_states else MOST_ROWS) or not hopper(device):
+    if rows > (MOST_ROWS_OF_STATES if states else MOST_ROWS) or not hopper(device):
         return {"CHAINED": False}
     return {"CHAINED": True} if start else {"CHAINED": True, "launch_pdl": True}
 

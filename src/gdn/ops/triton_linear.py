@@ -194,7 +194,7 @@ def _product(
         HEADS=0 if squares is None else heads, SUMS=0 if squares is None else squares.shape[2],
         TO=product, W=convolution.get("W", 1), D=convolution.get("D", 1), SPLIT=split,
         BB=tile.rows, BN=tile.weight_rows, BK=columns,
-        num_warps=tile.num_warps, num_stages=tile.stages, **link(weight.device, rows=B, beside_states=product == "output"),
+        num_warps=tile.num_warps, num_stages=tile.stages, **link(weight.device, rows=B),
     )  # fmt: skip
 
 
