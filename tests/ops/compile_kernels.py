@@ -32,6 +32,7 @@ from gdn.ops import (
     triton_layer_step,
     triton_linear,
     triton_norm,
+    triton_pending,
     triton_rows,
     triton_segments,
     triton_step,
@@ -39,6 +40,7 @@ from gdn.ops import (
 )
 from gdn.ops import triton_short_conv as conv
 from gdn.ops import triton_short_conv_backward as conv_backward
+from gdn.ops.pending import SLOTS, slot_size
 
 SHARED = {80: 163, 86: 99, 89: 99, 90: 227}
 NAMES = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
@@ -192,7 +194,7 @@ def products(arch: int, product: str, rows: int, dtype: str = "bf16") -> dict[st
         values["x_blocks"] = f"tensordesc<{values['x'][1:]}[{tile.rows},{tile.columns}]>"
         values["weight_blocks"] = f"tensordesc<{dtype}[{halves},{tile.weight_rows // halves},{tile.columns}]>"
     triton_chain.hopper = lambda device: arch >= 90
-    chain = triton_chain.link(torch.device("cuda"), rows=rows, beside_states=product == "output")
+    chain = triton_chain.link(torch.device("cuda"), rows=rows)
     own |= {"N": N, "K": K, "SEGMENT": size, "TO": product, "SPLIT": tile.split, "CHAINED": chain.pop("CHAINED")}
     own |= {"BB": tile.rows, "BN": tile.weight_rows, "BK": tile.columns}
     report = compiled(arch, triton_linear._linear, values, own, num_warps=tile.num_warps, num_stages=tile.stages, **chain)
@@ -218,7 +220,11 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
             if rows in (16, 64):
                 yield from (products(arch, product, rows, dtype) for dtype in ("fp16", "fp32"))
     sizes = {"STRIDE": 4104, "H": 4, "HV": 4, "K": 256, "V": 256, "BV": 32, "GATED": True, "DOUBLE": False}
-    yield compiled(arch, triton_layer_step._layer_step, values, sizes | {"EVICT_FIRST": True} | chained, **warps)
+    sizes |= {"P": slot_size(256, 256), "SLOTS": SLOTS}
+    values |= {"pending": f, "recurrent": f, "first": "i32", "layer": "i32", "pending_layer": "i32"}
+    two = warps | {"num_warps": triton_layer_step.NUM_WARPS}
+    yield compiled(arch, triton_layer_step._layer_step, values, sizes | chained, **two)
+    yield compiled(arch, triton_pending._settle, values, {name: sizes[name] for name in ("HV", "K", "V", "P", "SLOTS", "BV")})
     yield compiled(arch, triton_draw._candidates, values, {"NOISE": True, "BLOCK": triton_draw._BLOCK} | chained, **warps)
     for top_k, top_p in ((False, True), (True, True)):
         sizes = {"TOP_K": top_k, "TOP_P": top_p, "CHUNKS": 16, "BLOCK": triton_draw._LARGEST_BLOCK} | chained

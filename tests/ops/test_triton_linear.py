@@ -129,31 +129,14 @@ def test_blocks_are_asked_for_where_they_are_copied(monkeypatch: pytest.MonkeyPa
 
 
 def test_who_begins_early_at_how_many_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Products up to 64, but up to 16 what would take room from the states' kernel; nothing before Hopper."""
+    """Up to 64, the states' kernel up to 16; nothing before Hopper."""
     monkeypatch.setattr(triton_chain, "hopper", lambda device: device.type == "cuda")
     cuda, early = torch.device("cuda"), {"CHAINED": True, "launch_pdl": True}
-    for rows, some, beside_states in (
-        (1, True, True),
-        (16, True, True),
-        (17, True, False),
-        (64, True, False),
-        (65, False, False),
-    ):
+    for rows, some, states in ((1, True, True), (16, True, True), (17, True, False), (64, True, False), (65, False, False)):
         assert triton_chain.link(cuda, rows=rows) == (early if some else {"CHAINED": False})
-        assert triton_chain.link(cuda, rows=rows, beside_states=True) == (early if beside_states else {"CHAINED": False})
+        assert triton_chain.link(cuda, rows=rows, states=True) == (early if states else {"CHAINED": False})
         assert triton_chain.link(torch.device("cpu"), rows=rows) == {"CHAINED": False}
     assert triton_chain.link(cuda, start=True) == {"CHAINED": True}
-
-
-def test_output_alone_stands_beside_the_states(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[bool] = []
-    monkeypatch.setattr(linear, "link", lambda device, rows, beside_states: asked.append(beside_states) or {"CHAINED": False})
-    (given, _), norm, to = normed(2, 64, torch.float32), normal(80), residual(2, 80, torch.float32)
-    linear.logits(given, normal(70, 64), EPS)
-    linear.feed(given, normal(64, 64), EPS)
-    linear.add_output(to, given, normal(80, 64), EPS, norm)
-    linear.add_down(to, normal(2, 64), normal(80, 64), norm)
-    assert asked == [False, False, True, False]
 
 
 def test_rows_that_float16_cannot_hold() -> None:

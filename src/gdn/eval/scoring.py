@@ -61,7 +61,7 @@ class Scorer:
         self.config = model.config
         self.token_budget = token_budget
         held = STATE_BYTES.get(self.device.type, 1 << 30) if state_bytes is None else state_bytes
-        self.max_rows = max(1, held // DecodeState.empty(model.config, 1, "meta").nbytes)
+        self.max_rows = max(1, held // DecodeState.expected(model, 1).nbytes)
         dtype = model.compute_dtype or model.model.embeddings.weight.dtype
         self.fused = all(block.is_fused(self.device, dtype) for block in model.model.layers)  # type: ignore[operator]
         # A pass reads a multiple of so many tokens, the rest being one more sequence that nobody asked for. On a GPU libraries

@@ -188,14 +188,13 @@ def check_chunk(prefill_chunk: int) -> None:
 
 
 def _check_state(model: GatedDeltaNetLM, state: DecodeState, rows: int) -> None:
-    weight = model.model.embeddings.weight
-    wanted = DecodeState.empty(model.config, rows, "meta", model.compute_dtype or weight.dtype)
-    for name in ("recurrent", "conv", "position"):
-        got, want = getattr(state, name), getattr(wanted, name)
-        if got.shape != want.shape or got.dtype != want.dtype or got.device != weight.device:
+    device, state_tensors = model.model.embeddings.weight.device, state.tensors()
+    for name, want in DecodeState.expected(model, rows).tensors().items():
+        got = state_tensors[name]
+        if got.shape != want.shape or got.dtype != want.dtype or got.device != device:
             raise ConfigError(
                 f"state.{name} is {got.dtype} {tuple(got.shape)} on {got.device}; "
-                f"expected {want.dtype} {tuple(want.shape)} on {weight.device}, as this model makes it"
+                f"expected {want.dtype} {tuple(want.shape)} on {device}, as this model makes it"
             )
 
 

@@ -15,12 +15,13 @@ from torch import Tensor
 from gdn.errors import CheckpointError
 from gdn.files import publish_file
 from gdn.model.config import ModelConfig
-from gdn.ops.pending import settle, slot_size, slots_for
+from gdn.ops.pending import SLOTS, settle, slot_size, slots_for
 
 if TYPE_CHECKING:
     from gdn.model.lm import GatedDeltaNetLM
 
 LAYOUT = "2"  # of a file's tensors, their names, axes and meaning; raised with any change to them
+_EARLIER_LAYOUT = "1"  # as this one, without what is pending
 _TENSORS = ("recurrent", "conv", "pending", "position")
 
 
@@ -63,6 +64,14 @@ class DecodeState:
             pending=torch.zeros(*shape[:3], slots, slot_size(*shape[3:]), dtype=wide, device=device),
             position=torch.zeros(rows, dtype=torch.int64, device=device),
         )
+
+    @classmethod
+    def expected(cls, model: "GatedDeltaNetLM", rows: int) -> "DecodeState":
+        """As `model` makes it where it lies, on meta: shapes and dtypes."""
+        config, weight = model.config, model.model.embeddings.weight
+        dtype = model.compute_dtype or weight.dtype
+        slots = slots_for(weight.device, dtype, config.head_dim, config.head_v_dim)
+        return cls.empty(config, rows, "meta", dtype, slots)
 
     @property
     def rows(self) -> int:
@@ -128,13 +137,20 @@ class DecodeState:
             raise CheckpointError(f"{path}: no such file; expected a saved decode state") from None
         except (SafetensorError, OSError) as error:  # OSError of a folder, by its system's words
             raise CheckpointError(f"{path}: damaged or no safetensors file: {error}") from None
-        if metadata.get("layout") != LAYOUT:
+        if metadata.get("layout") not in (LAYOUT, _EARLIER_LAYOUT):
             raise CheckpointError(f"{path}: layout = {metadata.get('layout')!r}; expected a decode state of layout {LAYOUT!r}")
         for key, wanted in identity(model).items():
             got = metadata.get(key)
             if got != wanted:
                 raise CheckpointError(f"{path}: a state of another model: its {key} is {got}; this model's is {wanted}")
-        return cls(**_fit(tensors, path, model))
+        recurrent = tensors.get("recurrent")
+        if metadata["layout"] == _EARLIER_LAYOUT and recurrent is not None and recurrent.ndim == 5:
+            tensors["pending"] = recurrent.new_zeros(*recurrent.shape[:3], 0, slot_size(*recurrent.shape[3:]))
+        state, wanted = cls(**_fit(tensors, path, model)), cls.expected(model, tensors["position"].numel()).pending
+        if state.pending.shape != wanted.shape:  # saved on another kind of device
+            state.settle()
+            state.pending = torch.zeros_like(wanted, device=state.recurrent.device)
+        return state
 
 
 def identity(model: "GatedDeltaNetLM") -> dict[str, str]:
@@ -155,11 +171,10 @@ def _fit(tensors: dict[str, Tensor], path: Path, model: "GatedDeltaNetLM") -> di
     """The tensors with this model's device and dtypes; CheckpointError for names, shapes and kinds that are not its own."""
     if tensors.keys() != set(_TENSORS):
         raise CheckpointError(f"{path}: holds {sorted(tensors)}; expected {sorted(_TENSORS)}")
-    weight = model.model.embeddings.weight
-    rows = tensors["position"].numel()
-    expected = DecodeState.empty(model.config, rows, "meta", model.compute_dtype or weight.dtype)
-    for name in _TENSORS:
-        wanted: Tensor = getattr(expected, name)
+    weight, rows, pending = model.model.embeddings.weight, tensors["position"].numel(), tensors["pending"]
+    slots = 0 if pending.ndim == 5 and not pending.shape[3] else SLOTS
+    expected = DecodeState.empty(model.config, rows, "meta", model.compute_dtype or weight.dtype, slots)
+    for name, wanted in expected.tensors().items():
         if tensors[name].shape != wanted.shape:
             raise CheckpointError(f"{path}: {name} is {tuple(tensors[name].shape)}; expected {tuple(wanted.shape)}")
         if tensors[name].dtype.is_floating_point != (wanted.dtype != torch.int64):

@@ -18,8 +18,6 @@ from gdn.ops.triton_short_conv import EPS
 
 # The sums' order hangs on these: the same at any number of rows. Of fifteen pairs the fastest (docs/log.md).
 COLUMNS, NUM_WARPS = 32, 2
-# Tell the L2 cache that states up to so many bytes are not needed again soon, which changes no bits; it harms larger ones.
-EVICT_FIRST_BYTES = 96 << 20
 
 
 def layer_step(
@@ -55,7 +53,7 @@ def layer_step(
     _layer_step[(B * HV * (V // columns),)](
         projected, A_log, dt_bias, norm, state, pending, position, h, squares, K**-0.5, layer * HV, STRIDE=projected.shape[1],
         H=H, HV=HV, K=K, V=V, BV=columns, P=pending.shape[3], SLOTS=slots, GATED=gated, DOUBLE=allow_neg_eigval,
-        EVICT_FIRST=state.nbytes <= EVICT_FIRST_BYTES, num_warps=NUM_WARPS, **link(h.device, rows=B, states=True),
+        num_warps=NUM_WARPS, **link(h.device, rows=B, states=True),
     )  # fmt: skip
     return Normed(h, squares)
 
@@ -64,8 +62,7 @@ def layer_step(
 def _layer_step(
     projected, A_log, dt_bias, norm, state, pending, position, h, squares, scale, first,
     STRIDE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    P: tl.constexpr, SLOTS: tl.constexpr,
-    GATED: tl.constexpr, DOUBLE: tl.constexpr, EVICT_FIRST: tl.constexpr, CHAINED: tl.constexpr,
+    P: tl.constexpr, SLOTS: tl.constexpr, GATED: tl.constexpr, DOUBLE: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     begin(CHAINED)
     D: tl.constexpr = 2 * H * K + HV * V
@@ -73,7 +70,6 @@ def _layer_step(
     part = tl.program_id(0) % (V // BV)  # neighbours in time share rows of one state
     matrix = tl.program_id(0) // (V // BV)
     row, head = (matrix // HV).to(tl.int64), matrix % HV
-    policy: tl.constexpr = "evict_first" if EVICT_FIRST else ""
 
     channels, slot, piece = tl.arange(0, K), tl.arange(0, SLOTS), tl.arange(0, PIECE)[None, :]
     columns = part * BV + tl.arange(0, BV)
@@ -81,7 +77,7 @@ def _layer_step(
     slots = pending + (row * HV + head) * (SLOTS * P)
     keys_at, updates_at = slots + slot[:, None] * P + piece, slots + slot[:, None] * P + K + columns[None, :]
     logs_at = slots + slot * P + (K + V)
-    S = tl.load(pointers, eviction_policy=policy)
+    S = tl.load(pointers)
     keys = ()
     if CHAINED:  # all slots, as the position is yet to be written
         for i in tl.static_range(0, K, PIECE):
@@ -139,13 +135,13 @@ def _layer_step(
     tl.store(h + (row * HV + head) * V + columns, y.to(h.dtype.element_ty))
 
     if index == SLOTS - 1:
-        S = decay * kept * tl.load(pointers, eviction_policy=policy)  # once more: kept, it would take registers of every token
+        S = decay * kept * tl.load(pointers)  # once more: kept, it would take registers of every token
         S += (k * k_scale)[:, None] * w[None, :]
         for i in tl.static_range(SLOTS - 1):  # from the last filled slot to the first
             own = slots + (SLOTS - 2 - i) * P
             S += tl.load(own + channels)[:, None] * (decay * tl.load(own + K + columns))[None, :]
             decay *= tl.exp(tl.load(own + K + V))
-        tl.store(pointers, S, eviction_policy=policy)
+        tl.store(pointers, S)
     else:
         tl.store(slots + index * P + K + columns, w)
         if part == 0:  # which none of this token's programs reads
