@@ -13,9 +13,11 @@ from gdn.generation.batch import generate_batch
 from gdn.generation.gpu_decoder import GPUDecoder, Stream
 from gdn.generation.sampling import Sampling, finite
 from gdn.generation.weights import join_projections
+from gdn.model import state as state_module
 from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM, init_weights
 from gdn.model.state import DecodeState
+from gdn.ops.pending import SLOTS
 
 triton_linear = pytest.importorskip("gdn.ops.triton_linear", exc_type=ImportError)
 GPU = torch.cuda.is_available()
@@ -32,6 +34,13 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "wide-values": {"expand_v": 2.0},
     "tied": {"tie_word_embeddings": True, "norm_eps": 1e-3},
 }
+
+
+@pytest.fixture(autouse=True)
+def slots(monkeypatch: pytest.MonkeyPatch) -> None:
+    """States in the interpreter, where models are not served by themselves, have room for pending tokens too."""
+    if not GPU:
+        monkeypatch.setattr(state_module, "slots_for", lambda *_: SLOTS)
 
 
 def build(dtype: torch.dtype = torch.float32, **config: Any) -> GatedDeltaNetLM:
@@ -59,15 +68,21 @@ def read_state(model: GatedDeltaNetLM, rows: int, length: int = 5) -> DecodeStat
     return state
 
 
-def agrees(model: GatedDeltaNetLM, rows: int) -> None:
+def agrees(model: GatedDeltaNetLM, rows: int, tokens: int = 2) -> None:
+    """The last of so many tokens, and the state after it."""
     state = read_state(model, rows)
     wanted_state = state.fork()
-    ids = (torch.arange(2 * rows, device=DEVICE) + 3).view(rows, 2)[:, 0]  # one column of several, as of a batch of texts
-    assert not ids.is_contiguous() or rows == 1
-    with torch.no_grad():
-        wanted = model(ids[:, None], state=wanted_state, last_only=True).logits
-    got = GPUDecoder(model).step(ids, state)
-    assert wanted is not None and relative(got, wanted) < 1e-5
+    for token in range(tokens):
+        ids = (torch.arange(2 * rows, device=DEVICE) + 3 + token).view(rows, 2)[
+            :, 0
+        ]  # a column of several, as of a batch of texts
+        assert not ids.is_contiguous() or rows == 1
+        with torch.no_grad():
+            wanted = model(ids[:, None], state=wanted_state, last_only=True).logits
+        got = GPUDecoder(model).step(ids, state)
+        assert wanted is not None and relative(got, wanted) < 1e-5
+    assert state.pending.any()
+    state.settle()
     assert relative(state.recurrent, wanted_state.recurrent) < 1e-5 and relative(state.conv, wanted_state.conv) < 1e-5
     assert torch.equal(state.position, wanted_state.position)
 
@@ -81,6 +96,28 @@ def test_a_step_is_the_modules_step(switches: dict[str, Any]) -> None:
 def test_a_step_of_several_rows_is_the_modules_step(rows: int) -> None:
     """By the tiles of few rows and of more."""
     agrees(build(num_hidden_layers=2), rows)
+
+
+def test_tokens_beyond_all_slots_are_the_modules_tokens() -> None:
+    """Each state is written in between, and read with other tokens pending."""
+    agrees(build(num_hidden_layers=2, num_heads=2), rows=2, tokens=SLOTS + 3)
+
+
+@pytest.mark.parametrize("forgets", [False, True], ids=["", "control"])
+def test_a_prompt_after_tokens(forgets: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whole passes read a state that single tokens left; and not where they forget what is pending."""
+    model = build(num_hidden_layers=2)
+    state = read_state(model, 2)
+    wanted_state, ids = state.fork(), torch.tensor([[3, 9, 60, 7, 7], [5, 8, 1, 2, 40]], device=DEVICE)
+    for token in range(2):
+        GPUDecoder(model).step(ids[:, token], state)
+    with torch.no_grad():
+        wanted = model(ids, state=wanted_state, last_only=True).logits
+        if forgets:
+            monkeypatch.setattr(DecodeState, "settle", lambda self: None)
+        got = model(ids[:, 2:], state=state, last_only=True).logits
+    assert wanted is not None and (relative(got, wanted) < 1e-5) is not forgets
+    assert (relative(state.recurrent, wanted_state.recurrent) < 1e-5) is not forgets
 
 
 def test_a_step_in_float16_is_near_the_modules_step() -> None:
@@ -113,7 +150,8 @@ def test_a_row_has_the_same_bits_beside_others(by_rows: bool, monkeypatch: pytes
             monkeypatch.setattr(triton_linear, "group", (lambda segments: segments) if rows.start == 0 else group)
         state = model.new_state(len(ids[rows]))
         steps = [GPUDecoder(model).step((ids[rows] + n) % VOCAB, state)[-1] for n in range(2)]
-        results.append(torch.cat([*steps, state.recurrent[:, -1].flatten(), state.conv[:, -1].flatten()]))
+        own = state.view(len(ids[rows]) - 1, len(ids[rows])).tensors().values()
+        results.append(torch.cat([*steps, *(tensor.flatten() for tensor in own)]))
     assert torch.equal(results[0], results[1]) and torch.equal(results[0], results[2]) is not by_rows
 
 
@@ -214,12 +252,15 @@ def test_a_row_has_the_same_bits_at_any_batch(rows: int) -> None:
     model = published()
     decoder, state = GPUDecoder(model), model.new_state(rows)
     ids = torch.arange(rows, device=DEVICE) * 17 % 32000
-    steps = [decoder.step(ids + n, state) for n in range(3)]
+    steps = [
+        decoder.step(ids + n, state) for n in range(SLOTS + 1)
+    ]  # each state is written once, in other tokens than its neighbours
     for row in (0, rows // 2, rows - 1):
         own = model.new_state(1)
         for n, logits in enumerate(steps):
             assert torch.equal(decoder.step(ids[row : row + 1] + n, own)[0], logits[row]), (row, n)
-        assert torch.equal(own.recurrent[:, 0], state.recurrent[:, row]) and torch.equal(own.conv[:, 0], state.conv[:, row])
+        pairs = zip(own.tensors().values(), state.view(row, row + 1).tensors().values())
+        assert all(torch.equal(a, b) for a, b in pairs)
 
 
 test_a_row_has_the_same_bits_at_any_batch.pytestmark = [*gpu, *test_a_row_has_the_same_bits_at_any_batch.pytestmark]

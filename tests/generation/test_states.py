@@ -11,7 +11,9 @@ from safetensors.torch import load_file, save_file
 from gdn.errors import CheckpointError
 from gdn.generation.engine import generate, prefill
 from gdn.generation.sampling import Sampling
+from gdn.model import state as state_module
 from gdn.model.state import LAYOUT, DecodeState, identity
+from gdn.ops.pending import SLOTS
 
 WARM = Sampling(temperature=0.9, top_k=20, seed=5)
 
@@ -25,7 +27,7 @@ def random_state(rows: int = 3) -> DecodeState:
 
 
 def same_bits(a: DecodeState, b: DecodeState) -> bool:
-    pairs = ((a.recurrent, b.recurrent), (a.conv, b.conv), (a.position, b.position))
+    pairs = zip(a.tensors().values(), b.tensors().values())
     return all(x.dtype == y.dtype and x.equal(y) for x, y in pairs)
 
 
@@ -44,6 +46,43 @@ def test_a_selection_of_rows_is_saved_as_it_is(tmp_path: Path) -> None:
     state = random_state().select(torch.tensor([2, 0]))
     state.save(tmp_path / "s", tiny_model())
     assert same_bits(DecodeState.load(tmp_path / "s", tiny_model()), state)
+
+
+def test_pending_tokens_are_saved_where_there_are_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(state_module, "slots_for", lambda *_: SLOTS)
+    state = random_state()
+    assert state.pending.shape == (2, 3, 2, SLOTS, 16 + 16 + 4)
+    state.pending.normal_()
+    state.save(tmp_path / "s", tiny_model())
+    assert same_bits(DecodeState.load(tmp_path / "s", tiny_model()), state)
+
+
+def test_a_state_saved_on_a_gpu_is_settled_where_there_are_no_slots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patched:
+        patched.setattr(state_module, "slots_for", lambda *_: SLOTS)
+        state = random_state()
+        state.pending[..., :32].normal_()
+        state.pending[..., 32].uniform_(-1, 0)
+        state.position.copy_(torch.tensor([3, 5, 10**10 + 7]))
+        state.save(tmp_path / "s", tiny_model())
+    loaded, before = DecodeState.load(tmp_path / "s", tiny_model()), state.recurrent.clone()
+    state.settle()
+    assert loaded.recurrent.equal(state.recurrent) and not loaded.recurrent.equal(before)
+    assert loaded.pending.shape == tiny_model().new_state(3).pending.shape
+
+
+@pytest.mark.parametrize("layout", ["1", LAYOUT])
+def test_a_state_without_slots_takes_some_where_there_are(layout: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Saved on a CPU, or by a version that had none."""
+    state, model = random_state(), tiny_model()
+    state.save(tmp_path / "s", model)
+    tensors = load_file(tmp_path / "s")
+    if layout == "1":
+        del tensors["pending"]
+    save_file(tensors, tmp_path / "s", metadata={"layout": layout} | identity(model))
+    monkeypatch.setattr(state_module, "slots_for", lambda *_: SLOTS)
+    loaded = DecodeState.load(tmp_path / "s", model)
+    assert loaded.recurrent.equal(state.recurrent) and not loaded.pending.any() and loaded.pending.shape[3] == SLOTS
 
 
 @pytest.mark.parametrize("stop", [1, 6])
@@ -118,9 +157,9 @@ def test_files_that_are_no_state_are_refused(tmp_path: Path) -> None:
         path.write_bytes(content[:length])
         refused("damaged or no safetensors file")
     save_file(tensors, path)
-    refused("layout = None; expected a decode state of layout '1'")
-    save_file(tensors, path, metadata={"layout": "2"} | identity(model))
-    refused("layout = '2'")
+    refused("layout = None; expected a decode state of layout '2'")
+    save_file(tensors, path, metadata={"layout": "3"} | identity(model))
+    refused("layout = '3'")
     good = {"layout": LAYOUT} | identity(model)
     save_file({"position": tensors["position"]}, path, metadata=good)
     refused(r"holds \['position'\]; expected")
@@ -128,6 +167,10 @@ def test_files_that_are_no_state_are_refused(tmp_path: Path) -> None:
     refused(r"recurrent is \(2, 1, 2, 16, 16\); expected \(2, 2, 2, 16, 16\)")
     save_file(tensors | {"position": torch.zeros(1)}, path, metadata=good)
     refused("position is torch.float32; expected torch.int64")
+    save_file(tensors | {"pending": torch.zeros(2, 1, 2, 4, 36)}, path, metadata=good)
+    refused(r"pending is \(2, 1, 2, 4, 36\); expected \(2, 1, 2, 8, 36\)")
+    save_file({"position": tensors["position"]}, path, metadata=good | {"layout": "1"})
+    refused(r"holds \['position'\]; expected")
 
 
 def test_a_save_that_fails_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

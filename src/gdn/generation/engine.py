@@ -137,12 +137,13 @@ def reader(model: GatedDeltaNetLM, on_gpu: GPUDecoder | None) -> Reader:
     steps, reads, decoder = CPUDecoder.serves(model), CPUDecoder.reads(model), cache(CPUDecoder)
 
     def read(ids: Tensor, state: DecodeState) -> Tensor:
+        if on_gpu is not None and ids.numel() == 1:
+            return on_gpu.step(ids[0], state)
+        state.settle()
         if steps and ids.numel() == 1:
             return decoder(model).step(int(ids), state)[None]
         if reads:
             return decoder(model).read(ids, state)
-        if on_gpu is not None and ids.numel() == 1:
-            return on_gpu.step(ids[0], state)
         with torch.no_grad():  # not inference_mode: the state must stay usable outside
             logits = model(ids, state=state, last_only=True).logits
         assert logits is not None

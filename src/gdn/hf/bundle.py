@@ -25,7 +25,7 @@ _ROOTS = [("gdn.hf.configuration", "GatedDeltaNetConfig"), ("gdn.hf.modeling", "
 _ROOTS += [("gdn.hf.modeling", "GatedDeltaNetForCausalLM")]
 _METHODS_LEFT_OUT = {
     "Block": {"_fused", "_fused_backend", "is_fused"},
-    "DecodeState": {"save", "load"},
+    "DecodeState": {"expected", "save", "load"},
     "GatedDeltaNet": {"_fused_rule"},
     "GatedDeltaNetForCausalLM": {"_step_backend", "_single_token"},
     "GatedDeltaNetPreTrainedModel": {"save_pretrained"},

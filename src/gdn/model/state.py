@@ -31,7 +31,7 @@ class DecodeState:
 
     recurrent [L, N, HV, K, V] float32: the rule's state of each layer.
     conv [L, N, conv_size - 1, D]: the last inputs of the short convolutions, D = channels of q, k and v side by side.
-    pending [L, N, HV, slots, K + V + 4] in the type of `recurrent`: tokens that it has not taken up yet; `settle` brings them in.
+    pending [L, N, HV, slots, K + V + 4], typed like `recurrent`: tokens that it has not taken up; `settle` brings them in.
     position [N] int64: tokens read so far.
     """
 
@@ -146,10 +146,11 @@ class DecodeState:
         recurrent = tensors.get("recurrent")
         if metadata["layout"] == _EARLIER_LAYOUT and recurrent is not None and recurrent.ndim == 5:
             tensors["pending"] = recurrent.new_zeros(*recurrent.shape[:3], 0, slot_size(*recurrent.shape[3:]))
-        state, wanted = cls(**_fit(tensors, path, model)), cls.expected(model, tensors["position"].numel()).pending
-        if state.pending.shape != wanted.shape:  # saved on another kind of device
+        state = cls(**_fit(tensors, path, model))
+        own = cls.expected(model, state.rows).pending
+        if state.pending.shape != own.shape:  # saved on another kind of device
             state.settle()
-            state.pending = torch.zeros_like(wanted, device=state.recurrent.device)
+            state.pending = torch.zeros_like(own, device=state.recurrent.device)
         return state
 
 

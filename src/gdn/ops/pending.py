@@ -5,8 +5,8 @@ add, k w^T, as its two vectors in a slot, with the logarithm of its decay, and t
 
     S_t = (a_1 ... a_t) S + sum over j of (a_j+1 ... a_t) k_j w_j^T
 
-The token that fills the last slot writes S. Which slot is whose hangs on the token's position, the layer and the head, so that
-of the heads at one position every SLOTS-th is written: tokens take the same time, and a row has the same bits beside any others.
+The token that would fill the last slot writes S instead. Which slot is whose hangs on the token's position, the layer and the
+head, so that of all heads every SLOTS-th is written: tokens take the same time, and a row has the same bits beside any others.
 Slots that a position counts as filled and that hold zeros change nothing: a state just read by whole passes has such.
 """
 
