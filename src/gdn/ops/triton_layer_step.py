@@ -21,6 +21,8 @@ from gdn.ops.triton_short_conv import EPS
 
 # The sums' order hangs on these: the same at any number of rows. Of fifteen pairs the fastest (docs/log.md).
 COLUMNS, NUM_WARPS = 32, 2
+# Bytes of states of which the L2 cache is told that they are not needed again soon: it changes no bits, and harms fewer and more.
+EVICT_FIRST = (32 << 20, 96 << 20)
 
 
 def layer_step(
@@ -56,7 +58,7 @@ def layer_step(
     _layer_step[(B * HV * (V // columns),)](
         projected, A_log, dt_bias, norm, state, pending, position, h, squares, K**-0.5, layer * HV, STRIDE=projected.shape[1],
         H=H, HV=HV, K=K, V=V, BV=columns, P=pending.shape[3], SLOTS=slots, GATED=gated, DOUBLE=allow_neg_eigval,
-        num_warps=NUM_WARPS, **link(h.device, rows=B, states=True),
+        EVICT_FIRST=EVICT_FIRST[0] <= state.nbytes <= EVICT_FIRST[1], num_warps=NUM_WARPS, **link(h.device, rows=B, states=True),
     )  # fmt: skip
     return Normed(h, squares)
 
@@ -65,7 +67,8 @@ def layer_step(
 def _layer_step(
     projected, A_log, dt_bias, norm, state, pending, position, h, squares, scale, first,
     STRIDE: tl.constexpr, H: tl.constexpr, HV: tl.constexpr, K: tl.constexpr, V: tl.constexpr, BV: tl.constexpr,
-    P: tl.constexpr, SLOTS: tl.constexpr, GATED: tl.constexpr, DOUBLE: tl.constexpr, CHAINED: tl.constexpr,
+    P: tl.constexpr, SLOTS: tl.constexpr, GATED: tl.constexpr, DOUBLE: tl.constexpr,
+    EVICT_FIRST: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     begin(CHAINED)
     D: tl.constexpr = 2 * H * K + HV * V
@@ -80,7 +83,8 @@ def _layer_step(
     slots = pending + (row * HV + head) * (SLOTS * P)
     keys_at, updates_at = slots + slot[:, None] * P + piece, slots + slot[:, None] * P + K + columns[None, :]
     logs_at = slots + slot * P + (K + V)
-    S = tl.load(pointers)
+    policy: tl.constexpr = "evict_first" if EVICT_FIRST else ""
+    S = tl.load(pointers, eviction_policy=policy)
     keys = ()
     if CHAINED:  # all slots, as the position is yet to be written
         for i in tl.static_range(0, K, PIECE):
@@ -138,13 +142,13 @@ def _layer_step(
     tl.store(h + (row * HV + head) * V + columns, y.to(h.dtype.element_ty))
 
     if index == SLOTS - 1:
-        S = decay * kept * tl.load(pointers)  # once more: kept, it would take registers of every token
+        S = decay * kept * tl.load(pointers, eviction_policy=policy)  # once more: kept, it would take registers of every token
         S += (k * k_scale)[:, None] * w[None, :]
         for i in tl.static_range(SLOTS - 1):  # from the last filled slot to the first
             own = slots + (SLOTS - 2 - i) * P
             S += tl.load(own + channels)[:, None] * (decay * tl.load(own + K + columns))[None, :]
             decay *= tl.exp(tl.load(own + K + V))
-        tl.store(pointers, S)
+        tl.store(pointers, S, eviction_policy=policy)
     else:
         tl.store(slots + index * P + K + columns, w)
         if part == 0:  # which none of this token's programs reads
