@@ -220,7 +220,7 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
             if rows in (16, 64):
                 yield from (products(arch, product, rows, dtype) for dtype in ("fp16", "fp32"))
     sizes = {"STRIDE": 4104, "H": 4, "HV": 4, "K": 256, "V": 256, "BV": 32, "GATED": True, "DOUBLE": False}
-    sizes |= {"P": slot_size(256, 256), "SLOTS": SLOTS}
+    sizes |= {"P": slot_size(256, 256), "SLOTS": SLOTS, "EVICT_FIRST": True}
     values |= {"pending": f, "recurrent": f, "first": "i32", "layer": "i32", "pending_layer": "i32"}
     two = warps | {"num_warps": triton_layer_step.NUM_WARPS}
     yield compiled(arch, triton_layer_step._layer_step, values, sizes | chained, **two)
