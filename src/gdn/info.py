@@ -6,6 +6,7 @@ from rich.table import Table
 
 from gdn.errors import ConfigError
 from gdn.model.config import ModelConfig
+from gdn.ops.pending import SLOTS, slot_size
 from gdn.train.recipe import RunConfig
 
 _TRAINING_BYTES = 4 + 4 + 8  # a parameter: float32 weight, gradient, two moments of AdamW
@@ -33,7 +34,10 @@ def describe(run: RunConfig, tokens_per_second: float | None = None) -> list[Tab
     facts.add_row("weights, gradients, AdamW", _size(parameters * _TRAINING_BYTES), "float32, activations not included")
     facts.add_row("checkpoint on disk", _size(parameters * 12), "weights and moments")
     facts.add_row("weights in bf16", _size(parameters * 2), "to generate")
-    facts.add_row("decode state", _size(state_bytes(model)), "a sequence of any length, convolutions in bf16")
+    on_gpu = _size(state_bytes(model, SLOTS))
+    facts.add_row(
+        "decode state", _size(state_bytes(model)), f"a sequence of any length, convolutions in bf16; on a GPU {on_gpu}"
+    )
     if tokens_per_second is not None:
         hours = plan.tokens / tokens_per_second / 3600
         rate = _TRAINING_PASSES * flops.total * tokens_per_second / 1e12
@@ -41,9 +45,10 @@ def describe(run: RunConfig, tokens_per_second: float | None = None) -> list[Tab
     return [facts, parts]
 
 
-def state_bytes(model: ModelConfig) -> int:
-    """Bytes of one row of a DecodeState with bf16 activations, its position included."""
-    recurrent = 4 * model.num_hidden_layers * model.value_heads * model.head_dim * model.head_v_dim
+def state_bytes(model: ModelConfig, slots: int = 0) -> int:
+    """Bytes of one row of a DecodeState with bf16 activations and so many slots for pending tokens, its position included."""
+    K, V = model.head_dim, model.head_v_dim
+    recurrent = 4 * model.num_hidden_layers * model.value_heads * (K * V + slots * slot_size(K, V))
     channels = 2 * model.key_dim + model.value_dim
     conv = 2 * model.num_hidden_layers * (model.conv_size - 1) * channels if model.use_short_conv else 0
     return recurrent + conv + 8

@@ -134,19 +134,19 @@ def test_state_select_and_fork_are_independent_and_of_constant_size(make: Callab
     empty = state.nbytes
     with torch.no_grad():
         model(ids, state=state)
-        assert state.nbytes == empty == sum(t.nbytes for t in (state.recurrent, state.conv, state.position))
+        assert state.nbytes == empty == sum(tensor.nbytes for tensor in state.tensors().values())
         fork, chosen, before = state.fork(), state.select(torch.tensor([2, 0, 2])), state.fork()
         model(tokens(3, 9, seed=5), state=fork)
         after = model(tokens(1, 5, seed=6).expand(3, 5), state=chosen).logits
-        for name in ("recurrent", "conv", "position"):
-            assert torch.equal(getattr(state, name), getattr(before, name)), name
+        for name, tensor in before.tensors().items():
+            assert torch.equal(getattr(state, name), tensor), name
         direct = model(tokens(1, 5, seed=6).expand(3, 5), state=state).logits
     assert (
         relative(after[0], direct[2]) < 1e-12 and relative(after[0], after[2]) < 1e-12 and relative(after[1], direct[0]) < 1e-12
     )
     assert relative(after[0], direct[0]) > 1e-3
     state.reset()
-    assert not any(getattr(state, name).any() for name in ("recurrent", "conv", "position"))
+    assert not any(tensor.any() for tensor in state.tensors().values())
 
 
 def test_the_rows_of_a_batch_do_not_touch(make: Callable[..., GatedDeltaNetLM]) -> None:

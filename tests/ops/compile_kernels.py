@@ -224,6 +224,8 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
     values |= {"pending": f, "recurrent": f, "first": "i32", "layer": "i32", "pending_layer": "i32"}
     two = warps | {"num_warps": triton_layer_step.NUM_WARPS}
     yield compiled(arch, triton_layer_step._layer_step, values, sizes | chained, **two)
+    many = {"num_warps": triton_layer_step.NUM_WARPS}
+    yield compiled(arch, triton_layer_step._layer_step, values, sizes | {"CHAINED": False, "EVICT_FIRST": False}, **many)
     yield compiled(arch, triton_pending._settle, values, {name: sizes[name] for name in ("HV", "K", "V", "P", "SLOTS", "BV")})
     yield compiled(arch, triton_draw._candidates, values, {"NOISE": True, "BLOCK": triton_draw._BLOCK} | chained, **warps)
     for top_k, top_p in ((False, True), (True, True)):

@@ -20,7 +20,7 @@ SHARED = {80: 163, 86: 99, 89: 99, 90: 227}  # KB a block may have
 KERNELS = Counter(_intra=1, _states=4, _d_states=1, _d_initial=1, _gradients=1, _finish=1, _chain=1, _step=1)
 KERNELS += Counter(_conv_forward=1, _conv_backward=1, _conv_step=1, _gates_forward=1, _gates_backward=1)
 KERNELS += Counter(_embed=1, _linear=41)  # bf16 at 21 tiles, float16 and float32 at ten each
-KERNELS += Counter(_layer_step=1, _settle=1, _candidates=1, _choose=2, _noise=1)
+KERNELS += Counter(_layer_step=2, _settle=1, _candidates=1, _choose=2, _noise=1)
 KERNELS += Counter(_norm_forward=1, _norm_backward=1, _gated_norm_forward=1, _gated_norm_backward=1)
 KERNELS += Counter(_swiglu_forward=1, _swiglu_backward=1, _cross_entropy=1, _row_scores=1)
 HOPPER = Counter(_states=10, _gradients=2)  # K=V=128, where a short loop unrolls and registers run out first, and 256

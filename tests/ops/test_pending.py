@@ -8,7 +8,6 @@ import torch
 from ops_testing import relative_error
 from torch import Tensor
 
-from gdn.ops import gated_delta_rule_step
 from gdn.ops.norm import l2_norm
 from gdn.ops.pending import SLOTS, settle, slot_size
 
@@ -96,12 +95,41 @@ def test_rows_of_a_larger_state(bring_in: BringIn) -> None:
     assert torch.equal(part[0][:, :1], states[:, :1]) and torch.equal(part[1][:, :1], slots[:, :1])
 
 
-def test_decays_that_leave_nothing() -> None:
+@WAYS
+def test_decays_that_leave_nothing(bring_in: BringIn) -> None:
     """Of minus infinity: what came before is gone, and nothing is nan."""
     states, slots, position, _ = some(FITTING)
     slots[..., K + V] = -torch.inf
-    by_torch(states, slots, position)
+    bring_in(states, slots, position)
     assert states.isfinite().all() and states.any(-1).any(-1).all()  # the last token stays
+
+
+@WAYS
+def test_slots_that_were_taken_up_are_not_taken_up_again(bring_in: BringIn) -> None:
+    """A state just written has old tokens in its slots, which a later position would count as filled."""
+    states, slots, _, _ = some(0)
+    slots.normal_()
+    head = torch.arange(L * HV, device=DEVICE).view(L, HV)
+    position = torch.full((N,), 10 * SLOTS, device=DEVICE)
+    written = ((head[:, None] + position[:, None]) % SLOTS == 0).expand(L, N, HV)
+    before = states.clone()
+    bring_in(states, slots, position)
+    assert torch.equal(states[written], before[written]) and written.any() and not torch.equal(states, before)
+    assert not slots[..., K : K + V + 1].any()
+    after = states.clone()
+    bring_in(states, slots, position + 5)
+    assert torch.equal(states, after)
+
+
+@WAYS
+def test_what_unfilled_slots_hold_is_not_looked_at(bring_in: BringIn) -> None:
+    states, slots, position, wanted = some(FITTING)
+    index = (position[:, None].cpu() + torch.arange(L * HV).view(L, 1, HV)) % SLOTS
+    unfilled = torch.arange(SLOTS) >= index[..., None]
+    slots[unfilled.to(DEVICE)] = torch.nan
+    bring_in(states, slots, position)
+    assert relative_error(states, wanted) <= 1e-6
+    assert not slots[..., K : K + V + 1].any()
 
 
 def test_states_without_slots_are_left_alone() -> None:
@@ -109,16 +137,3 @@ def test_states_without_slots_are_left_alone() -> None:
     before = states.clone()
     settle(states, torch.empty(L, N, HV, 0, slot_size(K, V)), torch.tensor([1, 2, 3]))
     assert torch.equal(states, before)
-
-
-def test_a_token_is_the_rule_step() -> None:
-    """That k w^T, with w the rule's own, is what a step of the rule adds."""
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1, K, generator=generator, dtype=torch.float64) for _ in range(3))
-    g, beta = torch.tensor([[-0.3]]).double(), torch.tensor([[0.7]]).double()
-    state = torch.randn(1, 1, K, V, generator=generator, dtype=torch.float64)
-    decayed = state * g.exp()[..., None, None]
-    w = beta[..., None] * (v - torch.einsum("bhk,bhkv->bhv", l2_norm(k), decayed))
-    wanted = decayed + l2_norm(k).unsqueeze(-1) * w.unsqueeze(-2)
-    gated_delta_rule_step(l2_norm(q), l2_norm(k), v, g, beta, state, backend="torch")
-    assert relative_error(state, wanted) <= 1e-12

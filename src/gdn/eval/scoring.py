@@ -23,7 +23,10 @@ from gdn.model.state import DecodeState
 from gdn.ops import row_scores
 
 TOKEN_BUDGET = {"cuda": 32768, "cpu": 2048}  # tokens of one forward pass; on CPUs what stays in the caches (docs/log.md)
-STATE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}  # of decode states held at a time; 22 MB a row at the published size
+STATE_BYTES = {
+    "cuda": 16 << 30,
+    "cpu": 1 << 30,
+}  # of decode states held at a time; 22 MB a row at the published size, 24 on a GPU
 _LOGITS = {"cuda": 1 << 28, "cpu": 1 << 25}  # elements of one block of logits: 512 MB on CUDA in bfloat16, 128 in float32
 _STREAM_ROWS = 256  # texts that a GPU's captured steps write beside each other, as many as their bits are promised for
 _GRID = 64  # where a long sequence may be split without a change in the GPU kernels' bits (docs/numerics.md)
@@ -240,10 +243,13 @@ class Scorer:
             state = state.view(0, len(lengths))
         tokens, dtype = tensor_of(flat).to(self.device), self.model.compute_dtype
         if len(set(lengths)) == 1 and self.unit == 1:  # a batch: the same numbers to rounding, and no gathering
-            hidden = self.model.model(tokens.view(len(lengths), -1), state, None, dtype, begin)
-            return torch.as_tensor(hidden.flatten(0, 1))
-        ends = torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
-        return torch.as_tensor(self.model.model(tokens[None], state, ends, dtype, begin)[0])
+            hidden = self.model.model(tokens.view(len(lengths), -1), state, None, dtype, begin).flatten(0, 1)
+        else:
+            ends = torch.tensor([0, *lengths], device=self.device).cumsum(0).int()
+            hidden = self.model.model(tokens[None], state, ends, dtype, begin)[0]
+        if state is not None and begin is None:
+            state.position += torch.tensor(lengths, device=self.device)
+        return torch.as_tensor(hidden)
 
     def _best(self, hidden: Tensor) -> Tensor:
         totals, best = row_scores(self.model.logits(hidden))
@@ -281,6 +287,7 @@ class Scorer:
                 running = [running[row] for row in live]
             self.tokens_computed += len(running)
             last = self.model.model(chosen[:, None], state, None, self.model.compute_dtype)[:, -1]
+            state.position += 1
 
     def _decode_captured(
         self, stream: Stream, last: Tensor, texts: list[list[int]], max_new_tokens: int, ended: Callable[[list[int]], bool]

@@ -145,7 +145,8 @@ class DecodeState:
                 raise CheckpointError(f"{path}: a state of another model: its {key} is {got}; this model's is {wanted}")
         recurrent = tensors.get("recurrent")
         if metadata["layout"] == _EARLIER_LAYOUT and recurrent is not None and recurrent.ndim == 5:
-            tensors["pending"] = recurrent.new_zeros(*recurrent.shape[:3], 0, slot_size(*recurrent.shape[3:]))
+            none = recurrent.new_zeros(*recurrent.shape[:3], 0, slot_size(*recurrent.shape[3:]))
+            tensors.setdefault("pending", none)
         state = cls(**_fit(tensors, path, model))
         own = cls.expected(model, state.rows).pending
         if state.pending.shape != own.shape:  # saved on another kind of device

@@ -29,14 +29,16 @@ def slots_for(device: torch.device, dtype: torch.dtype, K: int, V: int) -> int:
 
 
 def settle(recurrent: Tensor, pending: Tensor, position: Tensor) -> None:
-    """Bring what is pending into the states, in place; slots are zeros after it.
+    """Bring what is pending into the states, in place; all slots' w and logarithms are zeros after it.
 
     recurrent [L, N, HV, K, V]; pending [L, N, HV, SLOTS, `slot_size`], in its place [..., 0, ...] where nothing ever is;
     position [N] int64: tokens read so far.
     """
     if not pending.shape[3]:
         return
-    if choose_backend("auto", recurrent.device, torch.float32, *recurrent.shape[3:]) == "triton":
+    # The kernel is small: it serves where those of 16 bits do, which on smaller GPUs those of float32 do not.
+    fits = recurrent.dtype == torch.float32
+    if fits and choose_backend("auto", recurrent.device, torch.bfloat16, *recurrent.shape[3:]) == "triton":
         from gdn.ops.triton_pending import settle as kernel
 
         kernel(recurrent, pending, position)
@@ -44,8 +46,9 @@ def settle(recurrent: Tensor, pending: Tensor, position: Tensor) -> None:
     (L, _, HV, slots, _), (K, V) = pending.shape, recurrent.shape[3:]
     head = torch.arange(L * HV, device=position.device).view(L, 1, HV)
     filled = torch.arange(slots, device=position.device) < ((position[:, None] + head) % slots)[..., None]
-    k, w, g = pending[..., :K], pending[..., K : K + V], pending[..., K + V].where(filled, 0.0)
+    held = pending.where(filled[..., None], 0.0)
+    k, w, g = held[..., :K], held[..., K : K + V], held[..., K + V]
     later = torch.ones(slots, slots, dtype=torch.bool, device=g.device).triu(1)  # a difference of sums would be nan of two -inf
-    factors = g[..., None, :].where(later, 0.0).sum(-1).exp().where(filled, 0.0)
+    factors = g[..., None, :].where(later, 0.0).sum(-1).exp()
     recurrent.mul_(g.sum(-1).exp()[..., None, None]).add_(torch.einsum("...sk,...sv->...kv", k * factors[..., None], w))
     pending.zero_()

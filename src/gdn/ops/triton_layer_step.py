@@ -21,8 +21,8 @@ from gdn.ops.triton_short_conv import EPS
 
 # The sums' order hangs on these: the same at any number of rows. Of fifteen pairs the fastest (docs/log.md).
 COLUMNS, NUM_WARPS = 32, 2
-# Bytes of states of which the L2 cache is told that they are not needed again soon: it changes no bits, and harms fewer and more.
-EVICT_FIRST = (32 << 20, 96 << 20)
+# Bytes of states of which the L2 cache is told that they are not needed again soon. It changes no bits, and harms others.
+LEAST_EVICTED, MOST_EVICTED = 32 << 20, 96 << 20
 
 
 def layer_step(
@@ -48,7 +48,7 @@ def layer_step(
     """
     B, HV, K, V = state.shape
     slots, wanted = pending.shape[2], (B, HV, SLOTS, slot_size(K, V))
-    if pending.shape != wanted or not pending.is_contiguous():
+    if pending.shape != wanted or not pending.is_contiguous() or pending.data_ptr() % 16:
         raise ValueError(f"slots are {tuple(pending.shape)}, strides {pending.stride()}; expected {wanted}, contiguous")
     if not state.is_contiguous() or state.data_ptr() % 16 or not projected.is_contiguous():
         raise ValueError(f"state has strides {state.stride()}, the projection {projected.stride()}; expected contiguous ones")
@@ -58,7 +58,7 @@ def layer_step(
     _layer_step[(B * HV * (V // columns),)](
         projected, A_log, dt_bias, norm, state, pending, position, h, squares, K**-0.5, layer * HV, STRIDE=projected.shape[1],
         H=H, HV=HV, K=K, V=V, BV=columns, P=pending.shape[3], SLOTS=slots, GATED=gated, DOUBLE=allow_neg_eigval,
-        EVICT_FIRST=EVICT_FIRST[0] <= state.nbytes <= EVICT_FIRST[1], num_warps=NUM_WARPS, **link(h.device, rows=B, states=True),
+        EVICT_FIRST=LEAST_EVICTED <= state.nbytes <= MOST_EVICTED, num_warps=NUM_WARPS, **link(h.device, rows=B, states=True),
     )  # fmt: skip
     return Normed(h, squares)
 
@@ -126,12 +126,13 @@ def _layer_step(
         by_k += keys[i] * tl.load(k_here + every)
         by_q += keys[i] * tl.load(q_here + every)
     by_k, by_q = tl.sum(by_k, 1), tl.sum(by_q, 1)
-    since = tl.where(filled, tl.exp(tl.sum(tl.where(slot[None, :] > slot[:, None], logs[None, :], 0.0), 1)), 0.0)
+    since = tl.exp(tl.sum(tl.where(slot[None, :] > slot[:, None], logs[None, :], 0.0), 1))
+    by_k, by_q = tl.where(filled, since * by_k, 0.0), tl.where(filled, since * by_q, 0.0)
     kept = tl.exp(tl.sum(logs, 0))
 
     # S^T k and S^T q, up to their scales: every SLOTS-th row by one thread, so that what is pending is added there too.
-    Sk = kept * tl.sum(tl.reshape(S * k[:, None], [K // SLOTS, SLOTS, BV]), 0) + (since * by_k)[:, None] * updates
-    Sq = kept * tl.sum(tl.reshape(S * q[:, None], [K // SLOTS, SLOTS, BV]), 0) + (since * by_q)[:, None] * updates
+    Sk = kept * tl.sum(tl.reshape(S * k[:, None], [K // SLOTS, SLOTS, BV]), 0) + by_k[:, None] * updates
+    Sq = kept * tl.sum(tl.reshape(S * q[:, None], [K // SLOTS, SLOTS, BV]), 0) + by_q[:, None] * updates
     Sk, Sq = tl.split(tl.sum(tl.join(Sk, Sq), 0))  # joined, both cross threads together
     w = beta * (v - decay * k_scale * Sk)
     o = scale * q_scale * (decay * Sq + qk * k_scale * w)
@@ -151,6 +152,6 @@ def _layer_step(
         tl.store(pointers, S, eviction_policy=policy)
     else:
         tl.store(slots + index * P + K + columns, w)
-        if part == 0:  # which none of this token's programs reads
+        if part == 0:  # others read this slot at most before they know that it is not filled
             tl.store(slots + index * P + channels, k * k_scale)
             tl.store(slots + index * P + K + V, log)
