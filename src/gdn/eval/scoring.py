@@ -23,10 +23,8 @@ from gdn.model.state import DecodeState
 from gdn.ops import row_scores
 
 TOKEN_BUDGET = {"cuda": 32768, "cpu": 2048}  # tokens of one forward pass; on CPUs what stays in the caches (docs/log.md)
-STATE_BYTES = {
-    "cuda": 16 << 30,
-    "cpu": 1 << 30,
-}  # of decode states held at a time; 22 MB a row at the published size, 24 on a GPU
+# Of decode states held at a time; 22 MB a row at the published size, 24 on a GPU.
+STATE_BYTES = {"cuda": 16 << 30, "cpu": 1 << 30}
 _LOGITS = {"cuda": 1 << 28, "cpu": 1 << 25}  # elements of one block of logits: 512 MB on CUDA in bfloat16, 128 in float32
 _STREAM_ROWS = 256  # texts that a GPU's captured steps write beside each other, as many as their bits are promised for
 _GRID = 64  # where a long sequence may be split without a change in the GPU kernels' bits (docs/numerics.md)
