@@ -36,14 +36,14 @@ def settle(recurrent: Tensor, pending: Tensor, position: Tensor) -> None:
     """
     if not pending.shape[3]:
         return
-    # The kernel is small: it serves where those of 16 bits do, which on smaller GPUs those of float32 do not.
-    fits = recurrent.dtype == torch.float32
-    if fits and choose_backend("auto", recurrent.device, torch.bfloat16, *recurrent.shape[3:]) == "triton":
+    K, V = recurrent.shape[3:]
+    if recurrent.dtype == torch.float32 and choose_backend("auto", recurrent.device, torch.bfloat16, K, V) == "triton":
+        # It is small, and serves where kernels of 16 bits do; on smaller GPUs those of float32 do not.
         from gdn.ops.triton_pending import settle as kernel
 
         kernel(recurrent, pending, position)
         return
-    (L, _, HV, slots, _), (K, V) = pending.shape, recurrent.shape[3:]
+    L, _, HV, slots, _ = pending.shape
     head = torch.arange(L * HV, device=position.device).view(L, 1, HV)
     filled = torch.arange(slots, device=position.device) < ((position[:, None] + head) % slots)[..., None]
     held = pending.where(filled[..., None], 0.0)
