@@ -48,6 +48,7 @@ class CPUDecoder:
         config = self._config
         HV, channels = config.value_heads, 2 * config.key_dim + config.value_dim
         sizes = [channels, HV, HV, config.value_dim if config.use_gate else 0]
+        state.settle()
         with torch.no_grad():
             x = self._embeddings[ids].float()
             for i, (layer, products) in enumerate(self._layers):
@@ -82,6 +83,7 @@ class CPUDecoder:
     def step(self, token: int, state: DecodeState) -> Tensor:
         """Logits [vocab] after one more token of the one row in `state`, which is updated in place."""
         room = self._room
+        state.settle()
         with torch.no_grad():
             x = room.x_row.copy_(self._embeddings[token])
             memory = zip(state.recurrent[:, 0].unbind(), state.conv[:, 0].unbind())

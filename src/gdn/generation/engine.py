@@ -139,7 +139,6 @@ def reader(model: GatedDeltaNetLM, on_gpu: GPUDecoder | None) -> Reader:
     def read(ids: Tensor, state: DecodeState) -> Tensor:
         if on_gpu is not None and ids.numel() == 1:
             return on_gpu.step(ids[0], state)
-        state.settle()
         if steps and ids.numel() == 1:
             return decoder(model).step(int(ids), state)[None]
         if reads:

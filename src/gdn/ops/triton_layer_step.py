@@ -19,9 +19,9 @@ from gdn.ops.triton_gates import log_decay, write_strength
 from gdn.ops.triton_rows import Normed, silu
 from gdn.ops.triton_short_conv import EPS
 
-# The sums' order hangs on these: the same at any number of rows. Of fifteen pairs the fastest (docs/log.md).
+# The sums' order hangs on these: the same at any number of rows. Of twelve pairs the fastest at 64 and more (docs/log.md).
 COLUMNS, NUM_WARPS = 32, 2
-# Bytes of states of which the L2 cache is told that they are not needed again soon. It changes no bits, and harms others.
+# Bytes of states of which the L2 cache is told that they are not needed again soon: no bits change; others take longer by it.
 LEAST_EVICTED, MOST_EVICTED = 32 << 20, 96 << 20
 
 
