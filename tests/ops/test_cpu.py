@@ -10,7 +10,7 @@ from gdn.ops import cpu
 
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_capabilities", cpu._capabilities.__wrapped__)
+    monkeypatch.setattr(cpu, "capabilities", cpu.capabilities.__wrapped__)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,8 @@ _ALIGNED = 64  # bytes, as PyTorch's own memory
 def join_projections(model: GatedDeltaNetLM) -> None:
     """Lay the weights that read one input side by side, in place: q, k, v, a, b and the gate; the FFN's gate and up.
 
-    Each parameter's memory becomes its part: names, values and the parameters themselves stay. Where products read the weights
-    as they lie, float32 on a CPU, the other matrices move with them to memory of large pages, which are read faster.
+    Each parameter's memory becomes its part: names, values and the parameters themselves stay. On a CPU the other matrices move
+    with them to memory of large pages, which are read faster.
     """
     together: list[Sequence[Linear]] = []
     alone: list[Sequence[Linear]] = [[model.lm_head]]
@@ -30,7 +30,7 @@ def join_projections(model: GatedDeltaNetLM) -> None:
     groups = [linears for linears in together if adjacent(linears) is None]
     weights = [linear.weight for linears in together + alone for linear in linears]
     rooms: Iterable[Tensor | None] | None = None
-    if groups and all(weight.is_cpu and weight.dtype == torch.float32 for weight in weights):
+    if groups and all(weight.is_cpu and weight.dtype == weights[0].dtype for weight in weights):
         rooms = _in_large_pages(together + alone)
         groups = groups if rooms is None else together + alone
     with torch.no_grad():
@@ -41,12 +41,13 @@ def join_projections(model: GatedDeltaNetLM) -> None:
 
 
 def _in_large_pages(groups: Sequence[Sequence[Linear]]) -> Iterable[Tensor] | None:
-    """Room for each group's float32 weights as one matrix, in one piece of memory that is freed with the last of them.
+    """Room for each group's weights, all of one dtype, as one matrix, in one piece of memory that is freed with the last of them.
 
     None where the system has no large pages to give. They are asked for before the memory is used: later costs a copy of it.
     """
+    dtype = groups[0][0].weight.dtype
     shapes = [(sum(len(linear.weight) for linear in linears), linears[0].in_features) for linears in groups]
-    starts = [0, *accumulate(-(-4 * rows * width // _ALIGNED) * _ALIGNED for rows, width in shapes)]
+    starts = [0, *accumulate(-(-dtype.itemsize * rows * width // _ALIGNED) * _ALIGNED for rows, width in shapes)]
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux alone has it
     if advice is None:
         return None
@@ -56,7 +57,7 @@ def _in_large_pages(groups: Sequence[Sequence[Linear]]) -> Iterable[Tensor] | No
     except OSError:
         return None
     return (
-        torch.frombuffer(memory, dtype=torch.float32, count=rows * width, offset=start).view(rows, width)
+        torch.frombuffer(memory, dtype=dtype, count=rows * width, offset=start).view(rows, width)
         for start, (rows, width) in zip(starts, shapes)
     )
 

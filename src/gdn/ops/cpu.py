@@ -14,7 +14,7 @@ _AVX512 = frozenset({"avx512_f", "avx512f"})
 
 def cpu_has_bf16_dots() -> bool:
     """Whether this CPU multiplies bf16 natively (avx512_bf16, amx_bf16, or ARM's bf16)."""
-    return bool(_capabilities() & _BF16_DOTS)
+    return bool(capabilities() & _BF16_DOTS)
 
 
 def cpu_widens_bf16() -> bool:
@@ -22,7 +22,7 @@ def cpu_widens_bf16() -> bool:
 
     With AVX-512 but without bf16 dots other kernels, oneDNN's among them, take the products over; those were not measured.
     """
-    return "avx2" in _capabilities() and not _capabilities() & _AVX512
+    return "avx2" in capabilities() and not capabilities() & _AVX512
 
 
 def usable_cores(*, physical: bool = True) -> int:
@@ -44,7 +44,7 @@ def usable_cores(*, physical: bool = True) -> int:
 
 
 @cache
-def _capabilities() -> frozenset[str]:
+def capabilities() -> frozenset[str]:
     if hasattr(torch.cpu, "get_capabilities"):  # not in every supported release
         return frozenset(name for name, value in torch.cpu.get_capabilities().items() if value is True)
     cpuinfo = Path("/proc/cpuinfo")

@@ -1,0 +1,299 @@
+// One more token of one row through a Gated DeltaNet on a CPU, by threads that meet between its products.
+//
+// Reads each weight once, as it lies, at the memory's speed, which PyTorch's operators do not: float32, or bf16 that is widened
+// on the way. All else is float32. The order of every sum hangs on sizes alone, so any number of threads gives the same bits.
+// Widths (hidden, head sizes, FFN) are multiples of 32. `cpu_token.py` compiles this file and says what the fields hold.
+
+#include <math.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <string.h>
+
+#if defined(__AVX512F__)
+#define LANES 16
+#elif defined(__AVX__)
+#define LANES 8
+#else
+#define LANES 4
+#endif
+#define BLOCK 32  // rows of a weight, and columns, that stay with one thread
+#define MOST_THREADS 256
+
+typedef float floats __attribute__((vector_size(4 * LANES)));
+typedef int32_t ints __attribute__((vector_size(4 * LANES)));
+typedef uint32_t words __attribute__((vector_size(4 * LANES)));
+typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
+
+typedef struct {
+    const float *mixer_norm, *conv, *conv_bias, *rate, *dt_bias, *o_norm, *ffn_norm;
+    const void *projections, *out, *ffn, *down;
+} Layer;
+
+typedef struct {
+    int64_t layers, hidden, heads, value_heads, head_dim, head_v_dim, ffn, vocab, conv_size;
+    int64_t bf16, window_bf16, gate, negative, token, recurrent_stride, window_stride;
+    float eps;
+    const void *embeddings, *head;
+    const float *norm;
+    const Layer *layer;
+    float *recurrent, *room, *logits;
+    void *window;
+} Token;
+
+typedef struct {
+    const Token *token;
+    int threads;
+    atomic_int arrived, turn, begin;
+} Team;
+
+typedef struct {
+    Team *team;
+    int index;
+} Member;
+
+// ---- vectors ----
+
+static inline floats load(const float *from) {
+    floats x;
+    memcpy(&x, from, sizeof x);
+    return x;
+}
+
+static inline void store(float *to, floats x) { memcpy(to, &x, sizeof x); }
+
+static inline floats load_bf16(const uint16_t *from) {
+    halves x;
+    memcpy(&x, from, sizeof x);
+    return (floats)(__builtin_convertvector(x, words) << 16);
+}
+
+static inline void store_bf16(uint16_t *to, floats x) {  // to the nearest, ties to even
+    words bits = (words)x;
+    halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);
+    memcpy(to, &rounded, sizeof rounded);
+}
+
+static inline floats all(float x) { return (floats){0} + x; }
+
+static inline floats choose(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
+
+static inline float sum(floats x) {
+    for (int n = LANES / 2; n; n /= 2)
+        for (int i = 0; i < n; i++) x[i] += x[i + n];
+    return x[0];
+}
+
+// e^x to 3e-7, from 2^n and a Taylor series, between e^-87 and e^88.
+static inline floats exponential(floats x) {
+    x = choose(x > 88.0f, all(88.0f), choose(x < -87.0f, all(-87.0f), x));
+    ints n = __builtin_convertvector(x * 1.44269504f, ints);
+    floats whole = __builtin_convertvector(n, floats);
+    floats r = x - whole * 0.693145752f - whole * 1.42860677e-6f, series = all(1.0f);
+    for (int i = 10; i; i--) series = 1.0f + series * r * (1.0f / i);
+    return series * (floats)((n + 127) << 23);
+}
+
+static inline floats silu(floats x) { return x / (1.0f + exponential(-x)); }
+
+// ---- products ----
+
+// For bf16 weights a vector lies as its even and its odd columns, LANES of each in turn, so that a word of two weights is two
+// products without a shuffle.
+static inline void arrange(float *to, const float *from, int64_t n, int64_t bf16) {
+    if (!bf16) {
+        memcpy(to, from, 4 * n);
+        return;
+    }
+    for (int64_t i = 0; i < n; i += 2 * LANES)
+        for (int j = 0; j < LANES; j++) to[i + j] = from[i + 2 * j], to[i + LANES + j] = from[i + 2 * j + 1];
+}
+
+// Two sums and no more: with more of them loads run ahead of what the memory's prefetching follows, a quarter slower.
+static inline float dot(const void *weight, int64_t row, const float *x, int64_t n, int64_t bf16) {
+    floats even = all(0), odd = all(0);
+    if (bf16) {
+        const uint16_t *w = (const uint16_t *)weight + row * n;
+        for (int64_t i = 0; i < n; i += 2 * LANES) {
+            words pair;
+            memcpy(&pair, w + i, sizeof pair);
+            even += (floats)(pair << 16) * load(x + i);
+            odd += (floats)(pair & 0xffff0000u) * load(x + i + LANES);
+        }
+    } else {
+        const float *w = (const float *)weight + row * n;
+        for (int64_t i = 0; i < n; i += 2 * LANES) {
+            even += load(w + i) * load(x + i);
+            odd += load(w + i + LANES) * load(x + i + LANES);
+        }
+    }
+    return sum(even + odd);
+}
+
+static inline void normed(float *to, const float *x, const float *weight, float *room, const Token *t) {
+    floats squares = all(0);
+    for (int64_t i = 0; i < t->hidden; i += LANES) squares += load(x + i) * load(x + i);
+    float scale = 1.0f / sqrtf(sum(squares) / t->hidden + t->eps);
+    for (int64_t i = 0; i < t->hidden; i += LANES) store(room + i, load(x + i) * load(weight + i) * scale);
+    arrange(to, room, t->hidden, t->bf16);
+}
+
+// ---- one layer's parts ----
+
+// Of the channels [first, last) of y: the convolution over the window and the newest input, which the window takes up, and SiLU.
+static inline void convolve(float *y, const Layer *layer, void *window, int64_t first, int64_t last, int64_t channels, const Token *t) {
+    for (int64_t c = first; c < last; c += LANES) {
+        floats x = load(y + c), mixed = x;
+        if (t->conv_size) {
+            mixed = x * load(layer->conv + (t->conv_size - 1) * channels + c);
+            for (int64_t j = 0; j + 1 < t->conv_size; j++) {
+                int64_t at = j * channels + c, next = at + channels, newest = j + 2 == t->conv_size;
+                float *wide = (float *)window;
+                uint16_t *narrow = (uint16_t *)window;
+                mixed += load(layer->conv + at) * (t->window_bf16 ? load_bf16(narrow + at) : load(wide + at));
+                if (t->window_bf16) store_bf16(narrow + at, newest ? x : load_bf16(narrow + next));
+                else store(wide + at, newest ? x : load(wide + next));
+            }
+            if (layer->conv_bias) mixed += load(layer->conv_bias + c);
+        }
+        store(y + c, silu(mixed));
+    }
+}
+
+static inline float squared(const float *x, const float *y, int64_t n) {
+    floats total = all(0);
+    for (int64_t i = 0; i < n; i += LANES) total += load(x + i) * load(y + i);
+    return sum(total);
+}
+
+// One head, from y to its part of o: S' = decay S; w = beta (v - k S'); S = S' + k w; o = q S' + (q k) w, then norm and gate.
+static inline void mix(const float *y, float *o, const Layer *layer, float *S, int64_t head, float *room, const Token *t) {
+    int64_t K = t->head_dim, V = t->head_v_dim, keys = t->heads * K, channels = 2 * keys + t->value_heads * V;
+    int64_t of_keys = head / (t->value_heads / t->heads) * K;
+    const float *q = y + of_keys, *k = q + keys, *v = y + 2 * keys + head * V;
+    float dt = y[channels + head] + layer->dt_bias[head], beta = 1.0f / (1.0f + expf(-y[channels + t->value_heads + head]));
+    float decay = expf(layer->rate[head] * (dt > 20.0f ? dt : log1pf(expf(dt))));
+    if (t->negative) beta *= 2.0f;
+    float q_scale = 1.0f / sqrtf(squared(q, q, K) + 1e-6f), k_scale = 1.0f / sqrtf(squared(k, k, K) + 1e-6f);
+    float qk = squared(q, k, K) * q_scale * k_scale;
+    float *of_q = room, *of_k = room + V;  // what q and k read in S, of which w and o are made in place
+    memset(room, 0, 8 * V);
+    for (int64_t i = 0; i < K; i += 2) {
+        float *row = S + i * V;
+        for (int64_t j = 0; j < V; j += LANES) {
+            floats one = load(row + j), two = load(row + V + j);
+            store(of_q + j, load(of_q + j) + one * q[i] + two * q[i + 1]);
+            store(of_k + j, load(of_k + j) + one * k[i] + two * k[i + 1]);
+        }
+    }
+    floats squares = all(0);
+    for (int64_t j = 0; j < V; j += LANES) {
+        floats w = beta * (load(v + j) - load(of_k + j) * (decay * k_scale)), read = load(of_q + j) * (decay * q_scale) + qk * w;
+        squares += read * read;
+        store(of_k + j, w * k_scale);
+        store(of_q + j, read);
+    }
+    for (int64_t i = 0; i < K; i++)
+        for (int64_t j = 0; j < V; j += LANES)
+            store(S + i * V + j, load(S + i * V + j) * decay + load(of_k + j) * k[i]);
+    // q's scale K^-1/2 is in the norm: s o / sqrt(s^2 |o|^2 / V + eps) = sqrt(V) o / sqrt(|o|^2 + V eps / s^2).
+    float scale = sqrtf((float)V) / sqrtf(sum(squares) + V * t->eps * K);
+    const float *gate = y + channels + 2 * t->value_heads + head * V;
+    for (int64_t j = 0; j < V; j += LANES) {
+        floats normed = load(of_q + j) * scale * load(layer->o_norm + j);
+        store(of_q + j, t->gate ? normed * silu(load(gate + j)) : normed);
+    }
+    arrange(o + head * V, of_q, V, t->bf16);
+}
+
+// ---- threads ----
+
+static void meet(Team *team) {
+    int turn = atomic_load(&team->turn);
+    if (atomic_fetch_add(&team->arrived, 1) + 1 == team->threads) {
+        atomic_store(&team->arrived, 0);
+        atomic_store(&team->turn, turn + 1);
+        return;
+    }
+    for (int tries = 0; atomic_load(&team->turn) == turn; tries++)
+        if (tries > 10000) sched_yield();  // the one to come may be waiting for this core
+}
+
+// The part of `rows` that belongs to a thread, whole blocks.
+static inline int64_t start_of(int64_t rows, int index, int threads) {
+    int64_t start = (rows + BLOCK - 1) / BLOCK * index / threads * BLOCK;
+    return start < rows ? start : rows;
+}
+
+static inline __attribute__((always_inline)) void work(Team *team, int me, const int64_t bf16) {
+    const Token *t = team->token;
+    int64_t D = t->hidden, F = t->ffn, values = t->value_heads * t->head_v_dim, keys = t->heads * t->head_dim;
+    int64_t channels = 2 * keys + values, rows = channels + 2 * t->value_heads + (t->gate ? values : 0);
+    int64_t widest = D > 2 * t->head_v_dim ? D : 2 * t->head_v_dim;
+    float *x = t->room, *o = x + D, *inner = o + values, *up = inner + F, *y = up + F;
+    float *room = y + (rows + BLOCK) + me * 2 * widest, *h = room + widest;
+#define PART(rows) int64_t first = start_of(rows, me, team->threads), last = start_of(rows, me + 1, team->threads)
+    for (int64_t n = 0; n < t->layers; n++) {
+        const Layer *layer = t->layer + n;
+        {
+            PART(rows);
+            normed(h, x, layer->mixer_norm, room, t);
+            for (int64_t i = first; i < last; i++) y[i] = dot(layer->projections, i, h, D, bf16);
+            void *window = (char *)t->window + n * t->window_stride;
+            convolve(y, layer, window, first, last < channels ? last : channels, channels, t);
+        }
+        meet(team);
+        for (int64_t head = me; head < t->value_heads; head += team->threads)
+            mix(y, o, layer, t->recurrent + n * t->recurrent_stride + head * t->head_dim * t->head_v_dim, head, room, t);
+        meet(team);
+        {
+            PART(D);
+            for (int64_t i = first; i < last; i++) x[i] += dot(layer->out, i, o, values, bf16);
+        }
+        meet(team);
+        {
+            PART(F);
+            normed(h, x, layer->ffn_norm, room, t);
+            for (int64_t i = first; i < last; i++) up[i] = dot(layer->ffn, i, h, D, bf16);
+            for (int64_t i = first; i < last; i += LANES) store(up + i, silu(load(up + i)));
+            for (int64_t i = first; i < last; i++) up[i] *= dot(layer->ffn, F + i, h, D, bf16);
+            arrange(inner + first, up + first, last - first, bf16);
+        }
+        meet(team);
+        {
+            PART(D);
+            for (int64_t i = first; i < last; i++) x[i] += dot(layer->down, i, inner, F, bf16);
+        }
+        meet(team);
+    }
+    PART(t->vocab);
+    normed(h, x, t->norm, room, t);
+    for (int64_t i = first; i < last; i++) t->logits[i] = dot(t->head, i, h, D, bf16);
+#undef PART
+}
+
+static void *member(void *argument) {
+    Member *self = argument;
+    while (!atomic_load(&self->team->begin)) sched_yield();
+    if (self->team->token->bf16) work(self->team, self->index, 1);
+    else work(self->team, self->index, 0);
+    return 0;
+}
+
+// Logits after the token, by up to `threads` threads: as many as the system gives.
+void gdn_step(const Token *t, int threads) {
+    Team team = {.token = t, .threads = 1};
+    pthread_t started[MOST_THREADS];
+    Member members[MOST_THREADS] = {{&team, 0}};
+    for (int64_t i = 0; i < t->hidden; i += LANES)
+        store(t->room + i, t->bf16 ? load_bf16((const uint16_t *)t->embeddings + t->token * t->hidden + i)
+                                   : load((const float *)t->embeddings + t->token * t->hidden + i));
+    for (; team.threads < threads && team.threads < MOST_THREADS; team.threads++) {
+        members[team.threads] = (Member){&team, team.threads};
+        if (pthread_create(started + team.threads, 0, member, members + team.threads)) break;
+    }
+    atomic_store(&team.begin, 1);
+    member(members);
+    for (int i = 1; i < team.threads; i++) pthread_join(started[i], 0);
+}
