@@ -177,15 +177,17 @@ static inline void mix(const float *y, float *o, const Layer *layer, float *S, i
     if (t->negative) beta *= 2.0f;
     float q_scale = 1.0f / sqrtf(squared(q, q, K) + 1e-6f), k_scale = 1.0f / sqrtf(squared(k, k, K) + 1e-6f);
     float qk = squared(q, k, K) * q_scale * k_scale;
-    float *of_q = room, *of_k = room + V;  // what q and k read in S, of which w and o are made in place
-    memset(room, 0, 8 * V);
-    for (int64_t i = 0; i < K; i += 2) {
-        float *row = S + i * V;
-        for (int64_t j = 0; j < V; j += LANES) {
-            floats one = load(row + j), two = load(row + V + j);
-            store(of_q + j, load(of_q + j) + one * q[i] + two * q[i + 1]);
-            store(of_k + j, load(of_k + j) + one * k[i] + two * k[i + 1]);
-        }
+    float *of_q = room, *of_k = room + V;  // what q and k read in S, of which o and w are made in place
+    for (int64_t j = 0; j < V; j += BLOCK) {
+        floats by_q[BLOCK / LANES] = {{0}}, by_k[BLOCK / LANES] = {{0}};
+        for (int64_t i = 0; i < K; i++)
+            for (int c = 0; c < BLOCK / LANES; c++) {
+                floats part = load(S + i * V + j + c * LANES);
+                by_q[c] += part * q[i];
+                by_k[c] += part * k[i];
+            }
+        memcpy(of_q + j, by_q, sizeof by_q);
+        memcpy(of_k + j, by_k, sizeof by_k);
     }
     floats squares = all(0);
     for (int64_t j = 0; j < V; j += LANES) {
@@ -233,19 +235,26 @@ static inline __attribute__((always_inline)) void work(Team *team, int me, const
     int64_t widest = D > 2 * t->head_v_dim ? D : 2 * t->head_v_dim;
     float *x = t->room, *o = x + D, *inner = o + values, *up = inner + F, *y = up + F;
     float *room = y + (rows + BLOCK) + me * 2 * widest, *h = room + widest;
+    int64_t first_head = t->value_heads * me / team->threads, last_head = t->value_heads * (me + 1) / team->threads;
+    int64_t of_head = t->head_dim * t->head_v_dim, lines = (last_head - first_head) * of_head / 16;
 #define PART(rows) int64_t first = start_of(rows, me, team->threads), last = start_of(rows, me + 1, team->threads)
     for (int64_t n = 0; n < t->layers; n++) {
         const Layer *layer = t->layer + n;
+        float *S = t->recurrent + n * t->recurrent_stride + first_head * of_head;
         {
             PART(rows);
             normed(h, x, layer->mixer_norm, room, t);
-            for (int64_t i = first; i < last; i++) y[i] = dot(layer->projections, i, h, D, bf16);
+            for (int64_t i = first; i < last; i++) {
+                // The thread's states come to its cache beside the weights: `mix` would wait for them.
+                for (int64_t line = (i - first) * lines / (last - first); line < (i + 1 - first) * lines / (last - first); line++)
+                    __builtin_prefetch((char *)S + 64 * line, 0, 2);
+                y[i] = dot(layer->projections, i, h, D, bf16);
+            }
             void *window = (char *)t->window + n * t->window_stride;
             convolve(y, layer, window, first, last < channels ? last : channels, channels, t);
         }
         meet(team);
-        for (int64_t head = me; head < t->value_heads; head += team->threads)
-            mix(y, o, layer, t->recurrent + n * t->recurrent_stride + head * t->head_dim * t->head_v_dim, head, room, t);
+        for (int64_t head = first_head; head < last_head; head++) mix(y, o, layer, S + (head - first_head) * of_head, head, room, t);
         meet(team);
         {
             PART(D);
