@@ -1,10 +1,12 @@
 """A model on a CPU, prompts and single tokens: few operations a layer, so that reading the weights is the cost.
 
 The projections that read one input are joined (their parameters become views), products are those of `cpu_products`, and all
-between them is float32 whatever the weights are. The same function as the modules, to rounding.
+between them is float32 whatever the weights are. The same function as the modules, to rounding. Single tokens are compiled
+(`cpu_token`) where there is a C compiler.
 """
 
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -13,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from gdn.generation.cpu_products import Product, product_with
+from gdn.generation.cpu_token import CompiledToken
 from gdn.generation.weights import LayerWeights, is_joined, layer_weights
 from gdn.model.config import ModelConfig
 from gdn.model.lm import GatedDeltaNetLM
@@ -26,10 +29,15 @@ class CPUDecoder:
     """
 
     def __init__(self, model: GatedDeltaNetLM) -> None:
+        self._model, self._config, self._eps = model, model.config, model.config.norm_eps
         self._embeddings, self._norm = model.model.embeddings.weight, model.model.norm.weight.float()
-        self._config, self._eps = model.config, model.config.norm_eps
-        self._layers, self._head = _products(model)
+        self._compiled = CompiledToken(model) if CompiledToken.serves(model) else None
         self._room = _Room(model.config)
+
+    @cached_property
+    def _products(self) -> "_Products":
+        """Of each layer, and of the head: made where they are first used, as they may be copies."""
+        return _products(self._model)
 
     @staticmethod
     def serves(model: GatedDeltaNetLM) -> bool:
@@ -51,7 +59,8 @@ class CPUDecoder:
         state.settle()
         with torch.no_grad():
             x = self._embeddings[ids].float()
-            for i, (layer, products) in enumerate(self._layers):
+            layers, head = self._products
+            for i, (layer, products) in enumerate(layers):
                 y, a, b, gate = products.projections(rms_norm(x, layer.mixer_norm, self._eps)).split(sizes, -1)
                 if layer.conv is None:
                     y = F.silu(y)
@@ -64,7 +73,7 @@ class CPUDecoder:
                 gate, up = products.ffn(rms_norm(x, layer.ffn_norm, self._eps)).chunk(2, -1)
                 x = x + products.down(F.silu(gate) * up)
             state.position += ids.shape[1]
-            return self._head(rms_norm(x[:, -1], self._norm, self._eps))
+            return head(rms_norm(x[:, -1], self._norm, self._eps))
 
     def _rule(self, layer: LayerWeights, y: Tensor, a: Tensor, b: Tensor, S: Tensor) -> Tensor:
         """Of convolved y [N, T, D] and the gates' projections [N, T, HV]: o [N, T, HV, V]; S is updated."""
@@ -82,12 +91,15 @@ class CPUDecoder:
 
     def step(self, token: int, state: DecodeState) -> Tensor:
         """Logits [vocab] after one more token of the one row in `state`, which is updated in place."""
-        room = self._room
         state.settle()
+        if self._compiled is not None:
+            return self._compiled.step(token, state)
+        room = self._room
+        layers, head = self._products
         with torch.no_grad():
             x = room.x_row.copy_(self._embeddings[token])
             memory = zip(state.recurrent[:, 0].unbind(), state.conv[:, 0].unbind())
-            for (layer, products), (S, window) in zip(self._layers, memory):
+            for (layer, products), (S, window) in zip(layers, memory):
                 room.projected.copy_(products.projections(self._normed(layer.mixer_norm)))
                 self._mix(layer, S, window)
                 x.add_(products.out(room.o))
@@ -95,7 +107,7 @@ class CPUDecoder:
                 torch.mul(F.silu(room.ffn_gate, inplace=True), room.ffn_up, out=room.inner)
                 x.add_(products.down(room.inner))
             state.position += 1
-            return self._head(self._normed(self._norm))[0]
+            return head(self._normed(self._norm))[0]
 
     def _normed(self, weight: Tensor) -> Tensor:
         """RMSNorm of x, [1, hidden]."""

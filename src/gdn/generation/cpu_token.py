@@ -5,7 +5,7 @@ import ctypes
 import torch
 from torch import Tensor
 
-from gdn.generation.weights import LayerWeights
+from gdn.generation.weights import LayerWeights, layer_weights
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops.cpu_token import BLOCK, Layer, Token, library
@@ -14,8 +14,9 @@ from gdn.ops.cpu_token import BLOCK, Layer, Token, library
 class CompiledToken:
     """Steps of a model whose projections are joined. Holds its weights' addresses and keeps them alive; the state is the caller's."""
 
-    def __init__(self, model: GatedDeltaNetLM, layers: list[LayerWeights]) -> None:
+    def __init__(self, model: GatedDeltaNetLM) -> None:
         config = model.config
+        layers = [layer_weights(block) for block in model.model.layers]  # type: ignore[arg-type]
         self._kept = layers, model.model.embeddings.weight, model.lm_head.weight, model.model.norm.weight.float()
         _, embeddings, head, norm = self._kept
         self._layers = (Layer * len(layers))(*map(_addresses, layers))

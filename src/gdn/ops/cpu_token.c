@@ -1,13 +1,11 @@
-// One more token of one row through a Gated DeltaNet on a CPU, by threads that meet between its products.
+// One more token of one row through a Gated DeltaNet on a CPU, by threads that wait for each other between its products.
 //
 // Reads each weight once, as it lies, at the memory's speed, which PyTorch's operators do not: float32, or bf16 that is widened
 // on the way. All else is float32. The order of every sum hangs on sizes alone, so any number of threads gives the same bits.
 // Widths (hidden, head sizes, FFN) are multiples of 32. `cpu_token.py` compiles this file and says what the fields hold.
 
 #include <math.h>
-#include <pthread.h>
-#include <sched.h>
-#include <stdatomic.h>
+#include <omp.h>
 #include <stdint.h>
 #include <string.h>
 
@@ -19,7 +17,6 @@
 #define LANES 4
 #endif
 #define BLOCK 32  // rows of a weight, and columns, that stay with one thread
-#define MOST_THREADS 256
 
 typedef float floats __attribute__((vector_size(4 * LANES)));
 typedef int32_t ints __attribute__((vector_size(4 * LANES)));
@@ -41,17 +38,6 @@ typedef struct {
     float *recurrent, *room, *logits;
     void *window;
 } Token;
-
-typedef struct {
-    const Token *token;
-    int threads;
-    atomic_int arrived, turn, begin;
-} Team;
-
-typedef struct {
-    Team *team;
-    int index;
-} Member;
 
 // ---- vectors ----
 
@@ -211,33 +197,21 @@ static inline void mix(const float *y, float *o, const Layer *layer, float *S, i
 
 // ---- threads ----
 
-static void meet(Team *team) {
-    int turn = atomic_load(&team->turn);
-    if (atomic_fetch_add(&team->arrived, 1) + 1 == team->threads) {
-        atomic_store(&team->arrived, 0);
-        atomic_store(&team->turn, turn + 1);
-        return;
-    }
-    for (int tries = 0; atomic_load(&team->turn) == turn; tries++)
-        if (tries > 10000) sched_yield();  // the one to come may be waiting for this core
-}
-
 // The part of `rows` that belongs to a thread, whole blocks.
 static inline int64_t start_of(int64_t rows, int index, int threads) {
     int64_t start = (rows + BLOCK - 1) / BLOCK * index / threads * BLOCK;
     return start < rows ? start : rows;
 }
 
-static inline __attribute__((always_inline)) void work(Team *team, int me, const int64_t bf16) {
-    const Token *t = team->token;
+static inline __attribute__((always_inline)) void work(const Token *t, int me, int threads, const int64_t bf16) {
     int64_t D = t->hidden, F = t->ffn, values = t->value_heads * t->head_v_dim, keys = t->heads * t->head_dim;
     int64_t channels = 2 * keys + values, rows = channels + 2 * t->value_heads + (t->gate ? values : 0);
     int64_t widest = D > 2 * t->head_v_dim ? D : 2 * t->head_v_dim;
     float *x = t->room, *o = x + D, *inner = o + values, *up = inner + F, *y = up + F;
     float *room = y + (rows + BLOCK) + me * 2 * widest, *h = room + widest;
-    int64_t first_head = t->value_heads * me / team->threads, last_head = t->value_heads * (me + 1) / team->threads;
+    int64_t first_head = t->value_heads * me / threads, last_head = t->value_heads * (me + 1) / threads;
     int64_t of_head = t->head_dim * t->head_v_dim, lines = (last_head - first_head) * of_head / 16;
-#define PART(rows) int64_t first = start_of(rows, me, team->threads), last = start_of(rows, me + 1, team->threads)
+#define PART(rows) int64_t first = start_of(rows, me, threads), last = start_of(rows, me + 1, threads)
     for (int64_t n = 0; n < t->layers; n++) {
         const Layer *layer = t->layer + n;
         float *S = t->recurrent + n * t->recurrent_stride + first_head * of_head;
@@ -253,14 +227,14 @@ static inline __attribute__((always_inline)) void work(Team *team, int me, const
             void *window = (char *)t->window + n * t->window_stride;
             convolve(y, layer, window, first, last < channels ? last : channels, channels, t);
         }
-        meet(team);
+#pragma omp barrier
         for (int64_t head = first_head; head < last_head; head++) mix(y, o, layer, S + (head - first_head) * of_head, head, room, t);
-        meet(team);
+#pragma omp barrier
         {
             PART(D);
             for (int64_t i = first; i < last; i++) x[i] += dot(layer->out, i, o, values, bf16);
         }
-        meet(team);
+#pragma omp barrier
         {
             PART(F);
             normed(h, x, layer->ffn_norm, room, t);
@@ -269,12 +243,12 @@ static inline __attribute__((always_inline)) void work(Team *team, int me, const
             for (int64_t i = first; i < last; i++) up[i] *= dot(layer->ffn, F + i, h, D, bf16);
             arrange(inner + first, up + first, last - first, bf16);
         }
-        meet(team);
+#pragma omp barrier
         {
             PART(D);
             for (int64_t i = first; i < last; i++) x[i] += dot(layer->down, i, inner, F, bf16);
         }
-        meet(team);
+#pragma omp barrier
     }
     PART(t->vocab);
     normed(h, x, t->norm, room, t);
@@ -282,27 +256,14 @@ static inline __attribute__((always_inline)) void work(Team *team, int me, const
 #undef PART
 }
 
-static void *member(void *argument) {
-    Member *self = argument;
-    while (!atomic_load(&self->team->begin)) sched_yield();
-    if (self->team->token->bf16) work(self->team, self->index, 1);
-    else work(self->team, self->index, 0);
-    return 0;
-}
-
-// Logits after the token, by up to `threads` threads: as many as the system gives.
+// Logits after the token, by `threads` threads of OpenMP, PyTorch's own where it has the same library.
 void gdn_step(const Token *t, int threads) {
-    Team team = {.token = t, .threads = 1};
-    pthread_t started[MOST_THREADS];
-    Member members[MOST_THREADS] = {{&team, 0}};
     for (int64_t i = 0; i < t->hidden; i += LANES)
         store(t->room + i, t->bf16 ? load_bf16((const uint16_t *)t->embeddings + t->token * t->hidden + i)
                                    : load((const float *)t->embeddings + t->token * t->hidden + i));
-    for (; team.threads < threads && team.threads < MOST_THREADS; team.threads++) {
-        members[team.threads] = (Member){&team, team.threads};
-        if (pthread_create(started + team.threads, 0, member, members + team.threads)) break;
+#pragma omp parallel num_threads(threads)
+    {
+        if (t->bf16) work(t, omp_get_thread_num(), omp_get_num_threads(), 1);
+        else work(t, omp_get_thread_num(), omp_get_num_threads(), 0);
     }
-    atomic_store(&team.begin, 1);
-    member(members);
-    for (int i = 1; i < team.threads; i++) pthread_join(started[i], 0);
 }

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 BLOCK = 32  # every width is a multiple of it
 _SOURCE = Path(__file__).with_name("cpu_token.c")
 _NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
-_FLAGS = "-std=gnu11 -O3 -fPIC -shared -fno-math-errno -ffp-contract=fast -Wno-psabi -pthread".split()
+_FLAGS = "-std=gnu11 -O3 -fPIC -shared -fno-math-errno -ffp-contract=fast -Wno-psabi -fopenmp".split()
 _SECONDS = 60  # for a compiler that takes one
 
 
