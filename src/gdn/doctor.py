@@ -1,12 +1,12 @@
 """What this machine is and how fast, for `gdn doctor`: data, that cli prints. Whether the rule is right: `doctor_kernels`."""
 
+import copy
 import importlib.metadata
 import os
 import platform
 import time
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
 
 import torch
 from rich.table import Table
@@ -15,7 +15,13 @@ from torch import Tensor
 
 from gdn.doctor_kernels import Check, choice, kernels_on_gpu, rule
 from gdn.generation.cpu_products import product_with
+from gdn.generation.cpu_token import CompiledToken
 from gdn.generation.engine import decode_dtype
+from gdn.generation.weights import join_projections
+from gdn.model.config import ModelConfig
+from gdn.model.lm import GatedDeltaNetLM, init_weights
+from gdn.ops.cpu import cpuinfo
+from gdn.ops.cpu_token import build
 
 _OPTIONAL = {
     "transformers": "the Hugging Face classes",
@@ -25,6 +31,7 @@ _OPTIONAL = {
 }
 # Beyond this ratio of times decode_dtype is called wrong: the trap it avoids is tenfold, a shared machine varies by half.
 _CLEARLY_SLOWER = 3.0
+_WRONG = 1e-5  # relative 2-norm of logits in float32
 
 
 def examine() -> Iterator[Check]:
@@ -36,6 +43,7 @@ def examine() -> Iterator[Check]:
         yield from rule(device)
     if torch.cuda.is_available():
         yield from kernels_on_gpu()
+    yield token_on_cpu()
     yield from speed()
 
 
@@ -50,11 +58,12 @@ def table(checks: Iterable[Check]) -> Table:
 
 def machine() -> list[Check]:
     """Python, PyTorch, processor, memory, accelerators."""
+    cpu = cpuinfo("model name") or platform.processor() or "unknown"
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     checks = [
         Check("python", None, f"{platform.python_version()} on {platform.system()} {platform.machine()}"),
         Check("torch", None, torch.__version__),
-        Check("cpu", None, f"{_cpu_model()}; vector instructions in use: {torch.backends.cpu.get_cpu_capability()}"),
+        Check("cpu", None, f"{cpu}; vector instructions in use: {torch.backends.cpu.get_cpu_capability()}"),
         Check("threads", None, f"{torch.get_num_threads()} used by torch, {os.cpu_count()} cores"),
         Check("memory", None, f"{memory / 2**30:.1f} GiB"),
     ]
@@ -80,6 +89,25 @@ def packages() -> list[Check]:
             detail = f"not installed; needed for {purpose}"
         checks.append(Check(name, None, detail))
     return checks
+
+
+def token_on_cpu() -> Check:
+    """Whether single tokens are compiled for this CPU, and are those of the modules: bf16 weights, the rest float32."""
+    name = "single tokens on cpu"
+    library, how = build()
+    if library is None:
+        return Check(name, None, f"by PyTorch's operators: {how}")
+    model = GatedDeltaNetLM(ModelConfig(vocab_size=64, hidden_size=64, num_hidden_layers=2, num_heads=2, head_dim=32))
+    init_weights(model, "mamba", seed=0)
+    model.bfloat16()
+    with torch.no_grad():
+        wanted = copy.deepcopy(model).float()(torch.arange(40)[None]).logits[0]
+    model.compute_dtype = torch.float32
+    join_projections(model)
+    state, token = model.new_state(1), CompiledToken(model)
+    got = torch.stack([token.step(i, state) for i in range(40)])
+    error = float((got - wanted).norm() / wanted.norm())
+    return Check(name, error < _WRONG, f"compiled {how}: relative error {error:.1e} beside the modules")
 
 
 def speed() -> list[Check]:
@@ -128,12 +156,3 @@ def _seconds(work: Callable[[], Tensor]) -> float:
 
 def _short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def _cpu_model() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"

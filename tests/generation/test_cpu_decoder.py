@@ -9,49 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from generation_testing import VOCAB, random_ids
+from generation_testing import SWITCHES, build, by_modules, random_ids, relative
 from torch import Tensor
 
 from gdn.generation import cpu_decoder, cpu_products
 from gdn.generation.cpu_decoder import CPUDecoder
 from gdn.generation.weights import join_projections
-from gdn.model.config import ModelConfig
 from gdn.model.layers import Linear
-from gdn.model.lm import GatedDeltaNetLM, init_weights
+from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.load import load_model, save_model
 from gdn.model.state import DecodeState
-
-SWITCHES: dict[str, dict[str, Any]] = {
-    "plain": {},
-    "no-gate": {"use_gate": False},
-    "no-conv": {"use_short_conv": False},
-    "conv-size-1": {"conv_size": 1},
-    "conv-bias": {"conv_bias": True},
-    "negative-eigenvalues": {"allow_neg_eigval": True},
-    "grouped-values": {"num_v_heads": 6, "expand_v": 0.5},
-    "wide-values-tied": {"expand_v": 2.0, "tie_word_embeddings": True, "norm_eps": 1e-3},
-}
-
-
-def build(dtype: torch.dtype = torch.float32, **config: Any) -> GatedDeltaNetLM:
-    """A model with no weight at its neutral value."""
-    sizes = {"vocab_size": VOCAB, "hidden_size": 24, "num_hidden_layers": 2, "num_heads": 2, "head_dim": 8, "expand_v": 1.0}
-    model = GatedDeltaNetLM(ModelConfig(**sizes | config)).eval().requires_grad_(False)
-    init_weights(model, "mamba", 1)
-    generator = torch.Generator().manual_seed(2)
-    for parameter in model.parameters():
-        parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model.to(dtype)
-
-
-def relative(got: Tensor, wanted: Tensor) -> float:
-    return float((got.double() - wanted.double()).norm() / wanted.double().norm())
-
-
-def by_modules(model: GatedDeltaNetLM, ids: list[int]) -> tuple[Tensor, DecodeState]:
-    state = model.new_state(1)
-    with torch.no_grad():
-        return torch.cat([model(torch.tensor([[token]]), state=state).logits[0] for token in ids]), state
 
 
 def by_decoder(model: GatedDeltaNetLM, ids: list[int]) -> tuple[Tensor, DecodeState]:

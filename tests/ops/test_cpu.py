@@ -10,7 +10,7 @@ from gdn.ops import cpu
 
 @pytest.fixture(autouse=True)
 def asked_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "capabilities", cpu.capabilities.__wrapped__)
+    monkeypatch.setattr(cpu, "_capabilities", cpu._capabilities.__wrapped__)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +43,6 @@ def test_as_torch_tells_them(
 )
 def test_as_linux_tells_them_to_an_older_torch(cpuinfo: str, dots: bool, widens: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
-    monkeypatch.setattr(cpu.platform, "system", lambda: "Linux")
     monkeypatch.setattr(Path, "exists", lambda self: True)
     monkeypatch.setattr(Path, "read_text", lambda self, encoding: cpuinfo)
     assert (cpu.cpu_has_bf16_dots(), cpu.cpu_widens_bf16()) == (dots, widens)

@@ -41,7 +41,7 @@ def join_projections(model: GatedDeltaNetLM) -> None:
 
 
 def _in_large_pages(groups: Sequence[Sequence[Linear]]) -> Iterable[Tensor] | None:
-    """Room for each group's weights, all of one dtype, as one matrix, in one piece of memory that is freed with the last of them.
+    """Room for each group's weights as one matrix, all of one dtype, in one piece of memory, freed with the last of them.
 
     None where the system has no large pages to give. They are asked for before the memory is used: later costs a copy of it.
     """

@@ -2,7 +2,6 @@
 
 import math
 import os
-import platform
 from functools import cache
 from pathlib import Path
 
@@ -14,7 +13,7 @@ _AVX512 = frozenset({"avx512_f", "avx512f"})
 
 def cpu_has_bf16_dots() -> bool:
     """Whether this CPU multiplies bf16 natively (avx512_bf16, amx_bf16, or ARM's bf16)."""
-    return bool(capabilities() & _BF16_DOTS)
+    return bool(_capabilities() & _BF16_DOTS)
 
 
 def cpu_widens_bf16() -> bool:
@@ -22,7 +21,7 @@ def cpu_widens_bf16() -> bool:
 
     With AVX-512 but without bf16 dots other kernels, oneDNN's among them, take the products over; those were not measured.
     """
-    return "avx2" in capabilities() and not capabilities() & _AVX512
+    return "avx2" in _capabilities() and not _capabilities() & _AVX512
 
 
 def usable_cores(*, physical: bool = True) -> int:
@@ -44,14 +43,18 @@ def usable_cores(*, physical: bool = True) -> int:
 
 
 @cache
-def capabilities() -> frozenset[str]:
+def _capabilities() -> frozenset[str]:
     if hasattr(torch.cpu, "get_capabilities"):  # not in every supported release
         return frozenset(name for name, value in torch.cpu.get_capabilities().items() if value is True)
-    cpuinfo = Path("/proc/cpuinfo")
-    if platform.system() != "Linux" or not cpuinfo.exists():
-        return frozenset()
-    for line in cpuinfo.read_text(encoding="utf-8").splitlines():
-        name, _, names = line.partition(":")
-        if name.strip() in ("flags", "Features"):  # x86, ARM
-            return frozenset(names.split())
-    return frozenset()
+    return frozenset((cpuinfo("flags") or cpuinfo("Features")).split())  # of x86, of ARM
+
+
+def cpuinfo(name: str) -> str:
+    """What Linux tells of the first processor under this name; "" where it tells nothing."""
+    path = Path("/proc/cpuinfo")
+    if path.exists():
+        for line in path.read_text(encoding="utf-8").splitlines():
+            key, _, value = line.partition(":")
+            if key.strip() == name:
+                return value.strip()
+    return ""

@@ -31,12 +31,13 @@ typedef struct {
 typedef struct {
     int64_t layers, hidden, heads, value_heads, head_dim, head_v_dim, ffn, vocab, conv_size;
     int64_t bf16, window_bf16, gate, negative, token, recurrent_stride, window_stride;
-    float eps;
     const void *embeddings, *head;
     const float *norm;
-    const Layer *layer;
-    float *recurrent, *room, *logits;
+    float *recurrent;
     void *window;
+    float *room, *logits;
+    const Layer *layer;
+    float eps;
 } Token;
 
 // ---- vectors ----
