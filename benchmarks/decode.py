@@ -5,9 +5,9 @@ python benchmarks/decode.py [--device cpu|cuda] [--threads 2] [--tokens 40] [--r
 The floor of a step is one read of the weights that it uses (all but the embedding table) and of the state, and one write of
 the state, at the bandwidth measured here: the best of plain reads of 1 GiB, taken between the other measurements. On a virtual
 machine memory may be half as fast in the next minute: so each repetition's share of the better of the reads before and after it
-stands beside that, as does the rate of the one-row products that decoding is made of. Prefill runs beside two stacks of
-transformers in the same process, turn by turn, in float32. Of several repetitions the quietest counts, for all: other work only
-ever adds time.
+stands beside that. A token is compiled where there is a C compiler; "by operators" is the one by PyTorch's, whose one-row
+products have a rate of their own. Prefill runs beside two stacks of transformers in the same process, turn by turn, in float32.
+Of several repetitions the quietest counts, for all: other work only ever adds time.
 On a GPU: `decode_gpu.py`.
 """
 
@@ -25,12 +25,14 @@ from collections.abc import Callable, Iterator
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM, Qwen3_5ForCausalLM, Qwen3_5TextConfig
 
 from gdn.generation.cpu_products import product_with
+from gdn.generation.cpu_token import CompiledToken
 from gdn.generation.engine import decode_dtype, for_decoding, generate
 from gdn.generation.engine import prefill as engine_prefill
 from gdn.generation.sampling import Sampling
@@ -60,7 +62,8 @@ def main() -> None:
         "command": "python benchmarks/decode.py " + " ".join(sys.argv[1:]),
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("gdn", "torch", "transformers")},
-        "units": "decode ms: median token of the quietest repetition; prefill ms: fastest; share: floor / ms; ratio: to gdn's",
+        "units": "decode ms: a token of the quietest repetition, its median (GPU: mean); prefill ms: fastest; share: floor / ms; "
+        "ratio: to gdn's",
         "parameters": PUBLISHED.num_parameters(),
         **(measure_cpu if args.device == "cpu" else measure_cuda)(args.tokens, args.repetitions),
     }
@@ -79,6 +82,8 @@ def measure_cpu(tokens: int, repetitions: int) -> dict[str, Any]:
         chosen, _ = decode_dtype("cpu", dtype)
         if chosen == dtype:
             decode[name] = decoded(model, tokens, repetitions) | {"state": state_as_file(model)}
+            with patch.object(CompiledToken, "serves", lambda model: False):
+                decode[f"{name}, by operators"] = decoded(model, tokens, repetitions)
         if dtype == torch.float32:
             decode["transformers generate, float32"] = through_transformers(model, tokens)
         reads.append(read_bandwidth())
@@ -93,7 +98,6 @@ def measure_cpu(tokens: int, repetitions: int) -> dict[str, Any]:
             row["shares_of_reads_beside"] = [round(share, 3) for share in shares]
             row["floor_ms"] = round(row["megabytes_a_token"] / max(reads), 2)
             row["share_of_plain_reads"] = round(row["floor_ms"] / row["ms"], 3)
-            row["share_of_one_row_products"] = round(row["megabytes_a_token"] / products[name] / row["ms"], 3)
     bandwidth = {"read_gb_s": max(reads), "one_row_product_gb_s": products}
     return {"bandwidth": bandwidth, "decode": decode, "prefill": prefill(repetitions)}
 
