@@ -2,12 +2,12 @@
 
 python benchmarks/decode.py [--device cpu|cuda] [--threads 2] [--tokens 40] [--repetitions 5] [--write]
 
-The floor of a step is one read of the weights that it uses (all but the embedding table) and of the state, and one write of
-the state, at the bandwidth measured here: the best of plain reads of 1 GiB, taken between the other measurements. On a virtual
-machine memory may be half as fast in the next minute: so each repetition's share of the better of the reads before and after it
-stands beside that. A token is compiled where there is a C compiler; "by operators" is the one by PyTorch's, whose one-row
-products have a rate of their own. Prefill runs beside two stacks of transformers in the same process, turn by turn, in float32.
-Of several repetitions the quietest counts, for all: other work only ever adds time.
+The floor of a token is one read of the weights that it uses (all but the embedding table) and of the state, and one write of
+the state, at the bandwidth measured here: the best of plain reads of 1 GiB. On a virtual machine memory may be half as fast in
+the next minute, so a repetition's share is of the better of the reads before and after it, and their median counts; a share of
+the run's best read stands beside it. A token is compiled where there is a C compiler; "by operators" is the one by PyTorch's,
+in turn with it, whose one-row products have a rate of their own. Prefill runs beside two stacks of transformers in the same
+process, turn by turn, in float32. Of several repetitions the quietest counts, for all times: other work only ever adds to them.
 On a GPU: `decode_gpu.py`.
 """
 
@@ -62,8 +62,8 @@ def main() -> None:
         "command": "python benchmarks/decode.py " + " ".join(sys.argv[1:]),
         "machine": machine(),
         "versions": {"python": platform.python_version()} | {name: version(name) for name in ("gdn", "torch", "transformers")},
-        "units": "decode ms: a token of the quietest repetition, its median (GPU: mean); prefill ms: fastest; share: floor / ms; "
-        "ratio: to gdn's",
+        "units": "decode ms: a token of the quietest repetition (its median; on a GPU its mean); prefill ms: fastest; "
+        "share: floor / ms; ratio: to gdn's",
         "parameters": PUBLISHED.num_parameters(),
         **(measure_cpu if args.device == "cpu" else measure_cuda)(args.tokens, args.repetitions),
     }
@@ -81,24 +81,19 @@ def measure_cpu(tokens: int, repetitions: int) -> dict[str, Any]:
         model = published(dtype)
         chosen, _ = decode_dtype("cpu", dtype)
         if chosen == dtype:
-            decode[name] = decoded(model, tokens, repetitions) | {"state": state_as_file(model)}
-            with patch.object(CompiledToken, "serves", lambda model: False):
-                decode[f"{name}, by operators"] = decoded(model, tokens, repetitions)
+            decode |= {f"{name}{way}": row for way, row in decoded(model, tokens, repetitions).items()}
+            decode[name]["state"] = state_as_file(model)
         if dtype == torch.float32:
             decode["transformers generate, float32"] = through_transformers(model, tokens)
         reads.append(read_bandwidth())
         products[name] = max(*rates, product_bandwidth(dtype))
         del model
     for row in decode.values():
-        reads += row.get("reads_gb_s", [])
-    for name, row in decode.items():
+        reads += row.get("reads_beside_gb_s", [])
+    for row in decode.values():
         if "megabytes_a_token" in row:
-            beside = [max(pair) for pair in zip(row["reads_gb_s"], row["reads_gb_s"][1:])]
-            shares = [row["megabytes_a_token"] / read / ms for read, ms in zip(beside, row["repetitions_ms"])]
-            row["shares_of_reads_beside"] = [round(share, 3) for share in shares]
-            row["floor_ms"] = round(row["megabytes_a_token"] / max(reads), 2)
-            row["share_of_plain_reads"] = round(row["floor_ms"] / row["ms"], 3)
-    bandwidth = {"read_gb_s": max(reads), "one_row_product_gb_s": products}
+            row["share_of_best_read"] = round(row["megabytes_a_token"] / max(reads) / row["ms"], 3)
+    bandwidth = {"best_read_gb_s": max(reads), "one_row_product_gb_s": products}
     return {"bandwidth": bandwidth, "decode": decode, "prefill": prefill(repetitions)}
 
 
@@ -117,21 +112,35 @@ def published(dtype: torch.dtype, device: str = "cpu") -> GatedDeltaNetLM:
     return for_decoding(model, device)
 
 
-def decoded(model: GatedDeltaNetLM, tokens: int, repetitions: int) -> dict[str, Any]:
-    """ms of a token through the engine, sampling included, and what it moves."""
+def decoded(model: GatedDeltaNetLM, tokens: int, repetitions: int) -> dict[str, dict[str, Any]]:
+    """ms of a token through the engine, sampling included, compiled and by PyTorch's operators in turn; and what it moves."""
     weights = sum(p.nbytes for name, p in model.named_parameters() if not name.startswith("model.embeddings"))
-    medians, reads = [], [read_bandwidth()]
+    moved = (weights + 2 * model.new_state(1).nbytes) / 1e6
+    ways = {"": CompiledToken.serves, ", by operators": lambda model: False}
+    times, reads, shares = ({way: [] for way in ways} for _ in range(3))  # type: ignore[var-annotated]
+    before = read_bandwidth()
     for repetition in range(repetitions):
-        stream = generate(model, [1, 2, 3, 4 + repetition], max_new_tokens=tokens + 1, sampling=SAMPLING)
-        next(stream)
-        medians.append(statistics.median(seconds(lambda stream=stream: next(stream)) * 1e3 for _ in range(tokens)))
-        reads.append(read_bandwidth())
+        for way, serves in ways.items():
+            with patch.object(CompiledToken, "serves", serves):
+                stream = generate(model, [1, 2, 3, 4 + repetition], max_new_tokens=tokens + 1, sampling=SAMPLING)
+                next(stream)
+                ms = statistics.median(seconds(lambda stream=stream: next(stream)) * 1e3 for _ in range(tokens))
+            after = read_bandwidth()
+            times[way].append(round(ms, 2))
+            reads[way].append(max(before, after))
+            shares[way].append(round(moved / max(before, after) / ms, 3))
+            before = after
     return {
-        "ms": round(min(medians), 2),
-        "tokens_per_second": round(1e3 / min(medians), 2),
-        "repetitions_ms": [round(ms, 2) for ms in medians],
-        "reads_gb_s": reads,
-        "megabytes_a_token": round((weights + 2 * model.new_state(1).nbytes) / 1e6, 1),
+        way: {
+            "ms": min(times[way]),
+            "tokens_per_second": round(1e3 / min(times[way]), 2),
+            "share": statistics.median(shares[way]),
+            "repetitions_ms": times[way],
+            "reads_beside_gb_s": reads[way],
+            "shares": shares[way],
+            "megabytes_a_token": round(moved, 1),
+        }
+        for way in ways
     }
 
 
