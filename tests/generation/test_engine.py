@@ -159,29 +159,37 @@ def test_weights_that_give_nan_are_an_error_and_not_a_text() -> None:
 
 
 @pytest.mark.parametrize(
-    ("device", "stored", "dots", "widens", "wanted"),
+    ("device", "stored", "dots", "widens", "compiled", "wanted"),
     [
-        ("cpu", torch.bfloat16, False, False, torch.float32),
-        ("cpu", torch.bfloat16, True, False, torch.bfloat16),
-        ("cpu", torch.bfloat16, False, True, torch.bfloat16),
-        ("cpu", torch.float16, True, True, torch.float32),
-        ("cpu", torch.float32, True, True, torch.float32),
-        ("cpu", torch.float64, False, False, torch.float64),
-        ("cuda:1", torch.bfloat16, False, False, torch.bfloat16),
-        ("cuda", torch.float16, False, False, torch.float16),
+        ("cpu", torch.bfloat16, False, False, False, torch.float32),
+        ("cpu", torch.bfloat16, True, False, False, torch.bfloat16),
+        ("cpu", torch.bfloat16, False, True, False, torch.bfloat16),
+        ("cpu", torch.bfloat16, False, False, True, torch.bfloat16),
+        ("cpu", torch.float16, True, True, True, torch.float32),
+        ("cpu", torch.float32, True, True, True, torch.float32),
+        ("cpu", torch.float64, False, False, True, torch.float64),
+        ("cuda:1", torch.bfloat16, False, False, False, torch.bfloat16),
+        ("cuda", torch.float16, False, False, False, torch.float16),
     ],
     ids=str,
 )
 def test_the_dtype_follows_from_the_processor(
-    device: str, stored: torch.dtype, dots: bool, widens: bool, wanted: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    device: str,
+    stored: torch.dtype,
+    dots: bool,
+    widens: bool,
+    compiled: bool,
+    wanted: torch.dtype,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    processor(monkeypatch, dots, widens)
+    processor(monkeypatch, dots, widens, compiled)
     assert decode_dtype(device, stored)[0] == wanted
 
 
-def processor(monkeypatch: pytest.MonkeyPatch, dots: bool, widens: bool) -> None:
+def processor(monkeypatch: pytest.MonkeyPatch, dots: bool, widens: bool, compiled: bool = False) -> None:
     monkeypatch.setattr(engine, "cpu_has_bf16_dots", lambda: dots)
     monkeypatch.setattr(engine, "cpu_widens_bf16", lambda: widens)
+    monkeypatch.setattr(engine, "library", lambda: object() if compiled else None)
 
 
 def test_the_choice_is_logged_once_with_its_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -192,7 +200,7 @@ def test_the_choice_is_logged_once_with_its_reason(monkeypatch: pytest.MonkeyPat
             decode_dtype("cpu", torch.bfloat16)
     assert [record.getMessage() for record in caplog.records] == [
         "decoding on cpu in torch.float32 (weights stored in torch.bfloat16): "
-        "this CPU has no bf16 dot products, without which PyTorch's bf16 may be many times slower"
+        "neither bf16 dot products nor a C compiler, without which bf16 may be many times slower"
     ]
 
 

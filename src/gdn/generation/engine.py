@@ -16,6 +16,7 @@ from gdn.generation.weights import join_projections
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops.cpu import cpu_has_bf16_dots, cpu_widens_bf16
+from gdn.ops.cpu_token import library
 
 log = logging.getLogger(__name__)
 
@@ -202,8 +203,9 @@ def decode_dtype(device: torch.device | str, stored: torch.dtype) -> tuple[torch
     """The dtype to load weights stored as `stored` in for decoding on `device`, and why; logged once for each answer.
 
     A fixed rule by capability, never by timing, so that the same machine always gives the same text. One row on CPUs is bound
-    by reading the weights, and bf16 has half the bytes: it is kept where PyTorch reads it as fast as float32 (with bf16 dot
-    products; with AVX2 alone: docs/log.md). Products of many rows are computed in float32 where there are no bf16 dots.
+    by reading the weights, and bf16 has half the bytes: it is kept where it is read as fast as float32, by a compiled token, or
+    by PyTorch with bf16 dot products or AVX2 alone (docs/log.md). Products of many rows are computed in float32 where there are
+    no bf16 dots.
     """
     dtype, reason = _choose_dtype(torch.device(device).type, stored)
     _log_choice(torch.device(device).type, str(stored), str(dtype), reason)
@@ -231,10 +233,10 @@ def _choose_dtype(device: str, stored: torch.dtype) -> tuple[torch.dtype, str]:
         return stored, "as stored"
     if stored == torch.bfloat16 and cpu_has_bf16_dots():
         return stored, "as stored: this CPU has bf16 dot products"
-    if stored == torch.bfloat16 and cpu_widens_bf16():
-        return stored, "as stored: half the bytes, and this CPU's products read them as fast"
+    if stored == torch.bfloat16 and (cpu_widens_bf16() or library() is not None):
+        return stored, "as stored: half the bytes, and they are read as fast here"
     if stored == torch.bfloat16:
-        return torch.float32, "this CPU has no bf16 dot products, without which PyTorch's bf16 may be many times slower"
+        return torch.float32, "neither bf16 dot products nor a C compiler, without which bf16 may be many times slower"
     return torch.float32, f"{str(stored).removeprefix('torch.')} is not decoded on CPUs"
 
 
