@@ -97,13 +97,16 @@ static inline void arrange(float *to, const float *from, int64_t n, int64_t bf16
         for (int j = 0; j < LANES; j++) to[i + j] = from[i + 2 * j], to[i + LANES + j] = from[i + 2 * j + 1];
 }
 
-// Two sums and no more: with more of them loads run ahead of what the memory's prefetching follows, a quarter slower.
+// Two sums and no more: with more of them an AMD's loads run ahead of what its own fetching follows, a quarter slower. Columns
+// asked for ahead, to the second cache: how far was measured on an AMD and an Intel, which differ (docs/log.md).
+#define AHEAD 512
 static inline float dot(const void *weight, int64_t row, const float *x, int64_t n, int64_t bf16) {
     floats even = all(0), odd = all(0);
     if (bf16) {
         const uint16_t *w = (const uint16_t *)weight + row * n;
         for (int64_t i = 0; i < n; i += 2 * LANES) {
             words pair;
+            __builtin_prefetch(w + i + AHEAD, 0, 2);
             memcpy(&pair, w + i, sizeof pair);
             even += (floats)(pair << 16) * load(x + i);
             odd += (floats)(pair & 0xffff0000u) * load(x + i + LANES);
@@ -111,6 +114,7 @@ static inline float dot(const void *weight, int64_t row, const float *x, int64_t
     } else {
         const float *w = (const float *)weight + row * n;
         for (int64_t i = 0; i < n; i += 2 * LANES) {
+            for (int c = 0; c < 2 * LANES; c += 16) __builtin_prefetch(w + i + c + AHEAD, 0, 2);
             even += load(w + i) * load(x + i);
             odd += load(w + i + LANES) * load(x + i + LANES);
         }
