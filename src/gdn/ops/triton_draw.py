@@ -16,6 +16,7 @@ from gdn.ops.triton_chain import begin, link, wait
 _BLOCK = 2048  # logits a program of the first launch
 _LARGEST_BLOCK = 8192  # logits that a program of the second walks at a time
 _TINY = 2.0**-126
+_ROUNDING = tl.constexpr(1e-2)  # more than two ways to one score differ by
 
 
 def choose(
@@ -47,7 +48,8 @@ def choose(
     _choose[(B,)](
         logits, seeds, position, chunks, ids, result, B, V, count, inverse, 0 if top_k is None else top_k,
         1.0 if top_p is None else top_p, TOP_K=top_k is not None, TOP_P=top_p is not None,
-        CHUNKS=triton.next_power_of_2(count), BLOCK=block, num_warps=max(min(block // 512, 32), 4) if filtered else 4, **chain,
+        CHUNKS=triton.next_power_of_2(count), CHUNK=_BLOCK, BLOCK=block,
+        num_warps=max(min(block // 512, 32), 4) if filtered else 4, **chain,
     )  # fmt: skip
 
 
@@ -117,17 +119,28 @@ def _betters(logits, x, token, best, inverse, V, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _best_of_betters(logits, seed, position, x, token, best, inverse, V, BLOCK: tl.constexpr):
-    """The token of the largest score among those that are better than this one. The noise is made again: few rows come here."""
-    found, score = tl.zeros([BLOCK], tl.int32), tl.full([BLOCK], float("-inf"), tl.float32)
-    for start in tl.range(0, V, BLOCK):
-        column = start + tl.arange(0, BLOCK)
-        other = tl.load(logits + column, mask=column < V, other=float("-inf"))
-        own = (other - best) * inverse - tl.log(_exponential(seed, position, start // BLOCK, BLOCK))
-        take = ((other > x) | ((other == x) & (column < token))) & (own > score)
-        found, score = tl.where(take, column, found), tl.where(take, own, score)
-    _, which = tl.max(score, 0, return_indices=True)
-    return tl.sum(tl.where(tl.arange(0, BLOCK) == which, found, 0), 0)
+def _best_of_betters(
+    logits, seed, position, x, token, best, inverse, V, count, scores, ids, CHUNKS: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """The token of the largest score among those that are better than this one.
+
+    scores, ids [CHUNKS]: of each chunk's best token. One that is better itself is a bound, below which a whole chunk can be
+    left: of the others the noise is made again. Few rows come here, but of many one nearly always does, and all wait for it.
+    """
+    chunk = tl.arange(0, CHUNKS)
+    own = tl.load(logits + ids, mask=chunk < count, other=float("-inf"))
+    bound = tl.max(tl.where((own > x) | ((own == x) & (ids < token)), scores, float("-inf")), 0)
+    found, score = token, float("-inf")
+    for c in tl.range(0, count):
+        if tl.max(tl.where(chunk == c, scores, float("-inf")), 0) >= bound - _ROUNDING:
+            column = c * BLOCK + tl.arange(0, BLOCK)
+            other = tl.load(logits + column, mask=column < V, other=float("-inf"))
+            noisy = (other - best) * inverse - tl.log(_exponential(seed, position, c, BLOCK))
+            noisy = tl.where((other > x) | ((other == x) & (column < token)), noisy, float("-inf"))
+            most, which = tl.max(noisy, 0, return_indices=True)
+            found = tl.where(most > score, c * BLOCK + which, found)
+            score = tl.maximum(score, most)
+    return found
 
 
 @triton.jit
@@ -167,7 +180,8 @@ def _mass_of_top(logits, best, inverse, V, top_k, BLOCK: tl.constexpr):
 @triton.jit(do_not_specialize=["rows", "inverse", "top_k", "top_p"])
 def _choose(
     logits, seeds, position, chunks, ids, result, rows, V, count, inverse, top_k, top_p,
-    TOP_K: tl.constexpr, TOP_P: tl.constexpr, CHUNKS: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+    TOP_K: tl.constexpr, TOP_P: tl.constexpr, CHUNKS: tl.constexpr, CHUNK: tl.constexpr, BLOCK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     begin(CHAINED)
     wait(CHAINED)
@@ -179,6 +193,7 @@ def _choose(
     score = tl.load(chunks + 2 * size + place, mask=chunk < count, other=float("-inf")) + (top - best) * inverse
     score = tl.where(top == float("-inf"), float("-inf"), score)
     _, which = tl.max(score, 0, return_indices=True)
+    first = tl.load(ids + place, mask=chunk < count, other=0)
     token = tl.load(ids + row * count + which)
     if TOP_K or TOP_P:
         logits += row * V
@@ -199,6 +214,8 @@ def _choose(
                     kept = (ahead == 0) | ((ahead < top_k) & (mass < top_p * total))
             searching = not kept
             if searching:
-                token = _best_of_betters(logits, seed, place_in_text, x, token, best, inverse, V, BLOCK)
+                token = _best_of_betters(
+                    logits, seed, place_in_text, x, token, best, inverse, V, count, score, first, CHUNKS, CHUNK
+                )  # fmt: skip
     tl.store(result + row, token.to(tl.int64))
     tl.store(result + rows + row, fine.to(tl.int64))
