@@ -79,7 +79,7 @@ def measure_cpu(tokens: int, repetitions: int) -> dict[str, Any]:
         name = str(dtype).removeprefix("torch.")
         rates = [product_bandwidth(dtype)]
         model = published(dtype)
-        chosen, _ = decode_dtype("cpu", dtype)
+        chosen, _ = decode_dtype("cpu", dtype, compiled=CompiledToken.serves(model))
         if chosen == dtype:
             decode |= {f"{name}{way}": row for way, row in decoded(model, tokens, repetitions).items()}
             decode[name]["state"] = state_as_file(model)

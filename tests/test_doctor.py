@@ -16,6 +16,8 @@ from rich.console import Console
 
 from gdn import doctor, doctor_kernels
 from gdn.doctor_kernels import Check
+from gdn.generation import cpu_token as token_of_model
+from gdn.ops import cpu_token
 from gdn.ops.backend import pair_refusal
 
 RULE = ("rule, cpu, K = V = 32", "rule, cpu, K = V = 64", "rule, cpu, K = V = 128", "rule, cpu, K = V = 256")
@@ -296,11 +298,35 @@ def test_different_bits_fail(interpreted: dict[str, list[Check]]) -> None:
 def test_a_dtype_rule_that_the_measurement_contradicts_fails(
     chosen: torch.dtype, bf16_ms: float, ok: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(doctor, "decode_dtype", lambda device, stored: (chosen, "as told"))
+    monkeypatch.setattr(doctor, "decode_dtype", lambda device, stored, compiled: (chosen, "as told"))
+    monkeypatch.setattr(doctor, "library", lambda: None)
     checks = by_name(doctor._decode_checks({torch.float32: 1e-3, torch.bfloat16: bf16_ms * 1e-3}))
     assert checks["decode dtype"].ok is ok
     assert checks["one-row linear, float32"].detail.startswith("11.5 GB/s")
     assert checks["one-row linear, bfloat16"].detail.startswith(f"{1024 * 2816 * 2 / bf16_ms / 1e6:.1f} GB/s")
+
+
+def test_products_that_compiled_tokens_do_not_use_are_not_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "library", lambda: object())
+    assert by_name(doctor._decode_checks({torch.float32: 1e-3, torch.bfloat16: 1.0}))["decode dtype"].ok is None
+
+
+@pytest.mark.skipif(cpu_token.library() is None, reason=cpu_token.build()[1])
+@pytest.mark.parametrize("wrong", ["nothing", "a gate", "a refusal"])
+def test_a_compiled_token_is_checked(wrong: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if wrong == "a gate":
+        layer = token_of_model.layer_weights
+        monkeypatch.setattr(token_of_model, "layer_weights", lambda block: layer(block)._replace(rate=layer(block).rate * 1.01))
+    elif wrong == "a refusal":
+        monkeypatch.setattr(token_of_model, "layer_weights", lambda block: 1 / 0)
+    check = doctor.token_on_cpu()
+    assert check.ok is (wrong == "nothing") and check.detail.startswith("compiled by ")
+    assert ("ZeroDivisionError" in check.detail) == (wrong == "a refusal")
+
+
+def test_without_a_compiled_token_the_reason_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "build", lambda: (None, "no C compiler was found"))
+    assert doctor.token_on_cpu() == Check("single tokens on cpu", None, "by PyTorch's operators: no C compiler was found")
 
 
 def test_a_missing_package_is_told_with_its_purpose(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What the generation tests share: a tiny random model whose text is not constant; models of every switch, by the modules."""
 
+import copy
 from typing import Any
 
 import torch
@@ -46,6 +47,13 @@ def build(dtype: torch.dtype = torch.float32, **config: Any) -> GatedDeltaNetLM:
     for parameter in model.parameters():
         parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     return model.to(dtype)
+
+
+def exactly(model: GatedDeltaNetLM) -> GatedDeltaNetLM:
+    """The same weights, computed in float64."""
+    model = copy.deepcopy(model).double()
+    model.compute_dtype = None
+    return model
 
 
 def relative(got: Tensor, wanted: Tensor) -> float:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from generation_testing import SWITCHES, build, by_modules, random_ids, relative
+from generation_testing import SWITCHES, build, by_modules, exactly, random_ids, relative
 from torch import Tensor
 
 from gdn.generation import cpu_decoder, cpu_products
@@ -34,7 +34,7 @@ def test_a_step_is_the_modules_step(switches: dict[str, Any], way: str, monkeypa
     if way != "packed":
         monkeypatch.setattr(cpu_products, "packs", lambda weight: False)
     model, ids = build(dtype, **switches), random_ids(40)
-    wanted, wanted_state = by_modules(model if dtype == torch.float32 else copy.deepcopy(model).double(), ids)
+    wanted, wanted_state = by_modules(model if dtype == torch.float32 else exactly(model), ids)
     rounded, _ = by_modules(model, ids)
     model.compute_dtype = torch.float32
     join_projections(model)
@@ -52,7 +52,7 @@ def test_a_step_is_the_modules_step(switches: dict[str, Any], way: str, monkeypa
 def test_rows_read_together_are_the_modules_rows(switches: dict[str, Any], dtype: torch.dtype) -> None:
     """A prompt of three rows, a second one on its state, then single tokens beside each other."""
     model, pieces = build(dtype, **switches), torch.tensor([random_ids(121, seed) for seed in (1, 2, 3)]).split([90, 30, 1], 1)
-    exact = model if dtype == torch.float32 else copy.deepcopy(model).double()
+    exact = model if dtype == torch.float32 else exactly(model)
     wanted_state = exact.new_state(3)
     with torch.no_grad():
         wanted = [exact(piece, state=wanted_state, last_only=True).logits for piece in pieces]

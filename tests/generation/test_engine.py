@@ -182,14 +182,21 @@ def test_the_dtype_follows_from_the_processor(
     wanted: torch.dtype,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    processor(monkeypatch, dots, widens, compiled)
-    assert decode_dtype(device, stored)[0] == wanted
+    processor(monkeypatch, dots, widens)
+    assert decode_dtype(device, stored, compiled=compiled)[0] == wanted
 
 
-def processor(monkeypatch: pytest.MonkeyPatch, dots: bool, widens: bool, compiled: bool = False) -> None:
+def test_without_fbgemm_a_compiled_token_alone_does_not_keep_bf16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Batches would be slow."""
+    processor(monkeypatch, dots=False, widens=False)
+    monkeypatch.setattr(engine, "has_fbgemm", lambda: False)
+    assert decode_dtype("cpu", torch.bfloat16, compiled=True)[0] == torch.float32
+
+
+def processor(monkeypatch: pytest.MonkeyPatch, dots: bool, widens: bool) -> None:
     monkeypatch.setattr(engine, "cpu_has_bf16_dots", lambda: dots)
     monkeypatch.setattr(engine, "cpu_widens_bf16", lambda: widens)
-    monkeypatch.setattr(engine, "library", lambda: object() if compiled else None)
+    monkeypatch.setattr(engine, "has_fbgemm", lambda: True)
 
 
 def test_the_choice_is_logged_once_with_its_reason(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
@@ -197,10 +204,10 @@ def test_the_choice_is_logged_once_with_its_reason(monkeypatch: pytest.MonkeyPat
     engine._log_choice.cache_clear()
     with caplog.at_level(logging.INFO, logger="gdn.generation.engine"):
         for _ in range(3):
-            decode_dtype("cpu", torch.bfloat16)
+            decode_dtype("cpu", torch.bfloat16, compiled=False)
     assert [record.getMessage() for record in caplog.records] == [
         "decoding on cpu in torch.float32 (weights stored in torch.bfloat16): "
-        "neither bf16 dot products nor a C compiler, without which bf16 may be many times slower"
+        "neither bf16 dot products nor a compiled token, without which bf16 may be many times slower"
     ]
 
 

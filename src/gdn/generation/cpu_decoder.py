@@ -32,7 +32,10 @@ class CPUDecoder:
         self._model, self._config, self._eps = model, model.config, model.config.norm_eps
         self._embeddings, self._norm = model.model.embeddings.weight, model.model.norm.weight.float()
         self._compiled = CompiledToken(model) if CompiledToken.serves(model) else None
-        self._room = _Room(model.config)
+
+    @cached_property
+    def _room(self) -> "_Room":
+        return _Room(self._config)
 
     @cached_property
     def _products(self) -> "_Products":
@@ -92,7 +95,7 @@ class CPUDecoder:
     def step(self, token: int, state: DecodeState) -> Tensor:
         """Logits [vocab] after one more token of the one row in `state`, which is updated in place."""
         state.settle()
-        if self._compiled is not None:
+        if self._compiled is not None and self._compiled.reads(state):
             return self._compiled.step(token, state)
         room = self._room
         layers, head = self._products

@@ -26,9 +26,13 @@ def product_with(weight: Tensor) -> Product:
     return _packed(weight) if packs(weight) else _widened(weight)
 
 
+def has_fbgemm() -> bool:
+    return "fbgemm" in torch.backends.quantized.supported_engines
+
+
 def packs(weight: Tensor) -> bool:
     """Whether FBGEMM is there and float16 holds the bf16 weight: exactly, or to 3e-8 where it is below 6e-5."""
-    return "fbgemm" in torch.backends.quantized.supported_engines and float(weight.abs().max()) <= _FLOAT16_MAX
+    return has_fbgemm() and float(weight.abs().max()) <= _FLOAT16_MAX
 
 
 def _in_float32(weight: Tensor) -> Product:

@@ -13,22 +13,24 @@ from gdn.ops.cpu_token import BLOCK, MATRICES, VECTORS, Layer, Token, library
 
 
 class CompiledToken:
-    """Steps of a model whose projections are joined. Keeps its weights, whose addresses it holds; the state is the caller's."""
+    """Steps of a model whose projections are joined; not for two threads at once. The state is the caller's.
+
+    Holds the weights as they lie now, norms and gates in float32: a parameter that gets other memory is not followed.
+    """
 
     def __init__(self, model: GatedDeltaNetLM) -> None:
-        config = model.config
-        layers = [layer_weights(block) for block in model.model.layers]  # type: ignore[arg-type]
+        config, self._kept = model.config, []  # type: ignore[var-annotated]
+        layers = [self._layer(layer_weights(block)) for block in model.model.layers]  # type: ignore[arg-type]
         embeddings, head, norm = model.model.embeddings.weight, model.lm_head.weight, model.model.norm.weight.float()
-        self._kept = layers, embeddings, head, norm
-        self._layers = (Layer * len(layers))(*map(_addresses, layers))
+        self._layers = (Layer * len(layers))(*layers)
         self._token = Token(
             layers=len(layers), hidden=config.hidden_size, heads=config.num_heads, value_heads=config.value_heads,
             head_dim=config.head_dim, head_v_dim=config.head_v_dim, ffn=config.ffn_size, vocab=config.vocab_size,
             conv_size=config.conv_size if config.use_short_conv else 0, bf16=head.dtype == torch.bfloat16,
-            gate=config.use_gate, negative=config.allow_neg_eigval, embeddings=embeddings.data_ptr(), head=head.data_ptr(),
-            norm=norm.data_ptr(), layer=self._layers, eps=config.norm_eps,
+            gate=config.use_gate, negative=config.allow_neg_eigval, embeddings=self._address(embeddings),
+            head=self._address(head), norm=self._address(norm), layer=self._layers, eps=config.norm_eps,
         )  # fmt: skip
-        self._room = torch.empty(0)
+        self._room = _floats(0)
 
     @staticmethod
     def serves(model: GatedDeltaNetLM) -> bool:
@@ -42,6 +44,11 @@ class CompiledToken:
         plain = all(matrix.dtype == matrices[0].dtype and matrix.is_contiguous() for matrix in matrices)
         return plain and not any(width % BLOCK for width in widths) and library() is not None
 
+    @staticmethod
+    def reads(state: DecodeState) -> bool:
+        """Whether a layer's part of the first row is one piece of memory, as it is in every state that was not made by hand."""
+        return state.recurrent[0, 0].is_contiguous() and state.conv[0, 0].is_contiguous()
+
     def step(self, token: int, state: DecodeState) -> Tensor:
         """Logits [vocab] after one more token of the one row in `state`, which is settled, and updated in place."""
         compiled, threads, t = library(), torch.get_num_threads(), self._token
@@ -49,8 +56,8 @@ class CompiledToken:
         if not 0 <= token < t.vocab:
             raise IndexError(f"token {token}; expected an id in [0, {t.vocab}), the model's vocabulary")
         if len(self._room) < t.room_size(threads):
-            self._room = torch.empty(t.room_size(threads))
-        logits, recurrent, window = torch.empty(t.vocab), state.recurrent[:, 0], state.conv[:, 0]
+            self._room = _floats(t.room_size(threads))
+        logits, recurrent, window = _floats(t.vocab), state.recurrent[:, 0], state.conv[:, 0]
         t.token, t.room, t.logits = token, self._room.data_ptr(), logits.data_ptr()
         t.recurrent, t.recurrent_stride = recurrent.data_ptr(), recurrent.stride(0)
         t.window, t.window_stride, t.window_bf16 = window.data_ptr(), window.stride(0) * window.itemsize, window.itemsize == 2
@@ -58,7 +65,16 @@ class CompiledToken:
         state.position += 1
         return logits
 
+    def _layer(self, weights: LayerWeights) -> Layer:
+        return Layer(**{name: self._address(getattr(weights, name)) for name in (*VECTORS, *MATRICES)})
 
-def _addresses(weights: LayerWeights) -> Layer:
-    tensors = {name: getattr(weights, name) for name in (*VECTORS, *MATRICES)}
-    return Layer(**{name: None if tensor is None else tensor.data_ptr() for name, tensor in tensors.items()})
+    def _address(self, tensor: Tensor | None) -> int | None:
+        """Where it lies in one piece. The memory is kept, not the parameter, which may be given other memory."""
+        if tensor is None:
+            return None
+        self._kept.append(tensor.detach().contiguous())
+        return self._kept[-1].data_ptr()
+
+
+def _floats(count: int) -> Tensor:
+    return torch.empty(count, dtype=torch.float32, device="cpu")  # whatever the defaults are

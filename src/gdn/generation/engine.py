@@ -10,13 +10,14 @@ from torch import Tensor
 
 from gdn.errors import ConfigError
 from gdn.generation.cpu_decoder import CPUDecoder
+from gdn.generation.cpu_products import has_fbgemm
+from gdn.generation.cpu_token import CompiledToken
 from gdn.generation.gpu_decoder import GPUDecoder, Stream
 from gdn.generation.sampling import Sampling, sample
 from gdn.generation.weights import join_projections
 from gdn.model.lm import GatedDeltaNetLM
 from gdn.model.state import DecodeState
 from gdn.ops.cpu import cpu_has_bf16_dots, cpu_widens_bf16
-from gdn.ops.cpu_token import library
 
 log = logging.getLogger(__name__)
 
@@ -199,15 +200,16 @@ def _check_state(model: GatedDeltaNetLM, state: DecodeState, rows: int) -> None:
             )
 
 
-def decode_dtype(device: torch.device | str, stored: torch.dtype) -> tuple[torch.dtype, str]:
+def decode_dtype(device: torch.device | str, stored: torch.dtype, *, compiled: bool) -> tuple[torch.dtype, str]:
     """The dtype to load weights stored as `stored` in for decoding on `device`, and why; logged once for each answer.
+    compiled: whether a CPU's single tokens are (`CompiledToken.serves`).
 
     A fixed rule by capability, never by timing, so that the same machine always gives the same text. One row on CPUs is bound
     by reading the weights, and bf16 has half the bytes: it is kept where it is read as fast as float32, by a compiled token, or
     by PyTorch with bf16 dot products or AVX2 alone (docs/log.md). Products of many rows are computed in float32 where there are
     no bf16 dots.
     """
-    dtype, reason = _choose_dtype(torch.device(device).type, stored)
+    dtype, reason = _choose_dtype(torch.device(device).type, stored, compiled)
     _log_choice(torch.device(device).type, str(stored), str(dtype), reason)
     return dtype, reason
 
@@ -218,25 +220,27 @@ def for_decoding(model: GatedDeltaNetLM, device: torch.device | str) -> GatedDel
     The weights that read one input are laid side by side, for fewer and longer products a token.
     """
     stored = model.model.embeddings.weight.dtype
-    dtype, _ = decode_dtype(device, stored)
+    on_cpu = torch.device(device).type == "cpu"
+    dtype, _ = decode_dtype(device, stored, compiled=on_cpu and CompiledToken.serves(model))
     if dtype != stored:  # only ever to float32, which the gate parameters have already
         model.to(dtype)
     model.to(device).eval().requires_grad_(False)
     join_projections(model)
-    if torch.device(device).type == "cpu" and dtype == torch.bfloat16 and not cpu_has_bf16_dots():
+    if on_cpu and dtype == torch.bfloat16 and not cpu_has_bf16_dots():
         model.compute_dtype = torch.float32  # of whole prompts: weights are widened one by one, and nothing else is rounded
     return model
 
 
-def _choose_dtype(device: str, stored: torch.dtype) -> tuple[torch.dtype, str]:
+def _choose_dtype(device: str, stored: torch.dtype, compiled: bool) -> tuple[torch.dtype, str]:
     if device != "cpu" or stored in (torch.float32, torch.float64):
         return stored, "as stored"
     if stored == torch.bfloat16 and cpu_has_bf16_dots():
         return stored, "as stored: this CPU has bf16 dot products"
-    if stored == torch.bfloat16 and (cpu_widens_bf16() or library() is not None):
+    # Batches and prompts of a compiled token's model are FBGEMM's, where there are no bf16 dots.
+    if stored == torch.bfloat16 and (cpu_widens_bf16() or (compiled and has_fbgemm())):
         return stored, "as stored: half the bytes, and they are read as fast here"
     if stored == torch.bfloat16:
-        return torch.float32, "neither bf16 dot products nor a C compiler, without which bf16 may be many times slower"
+        return torch.float32, "neither bf16 dot products nor a compiled token, without which bf16 may be many times slower"
     return torch.float32, f"{str(stored).removeprefix('torch.')} is not decoded on CPUs"
 
 

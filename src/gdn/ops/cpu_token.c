@@ -56,15 +56,15 @@ static inline floats load_bf16(const uint16_t *from) {
     return (floats)(__builtin_convertvector(x, words) << 16);
 }
 
-static inline void store_bf16(uint16_t *to, floats x) {  // to the nearest, ties to even
-    words bits = (words)x;
-    halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);
-    memcpy(to, &rounded, sizeof rounded);
-}
-
 static inline floats all(float x) { return (floats){0} + x; }
 
 static inline floats choose(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
+
+static inline void store_bf16(uint16_t *to, floats x) {  // to the nearest, ties to even
+    words bits = (words)choose(x != x, all(NAN), x);  // any other nan may round to 0
+    halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);
+    memcpy(to, &rounded, sizeof rounded);
+}
 
 static inline float sum(floats x) {
     for (int n = LANES / 2; n; n /= 2)

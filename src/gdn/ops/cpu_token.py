@@ -4,6 +4,7 @@ import ctypes
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -16,7 +17,7 @@ BLOCK = 32  # every width is a multiple of it
 _SOURCE = Path(__file__).with_name("cpu_token.c")
 _NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 _OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi")
-_SECONDS = 60  # for a compiler that takes one
+_SECONDS = 30  # for a compiler that takes one or two
 
 # The fields as the C file declares them.
 VECTORS = ("mixer_norm", "conv", "conv_bias", "rate", "dt_bias", "o_norm", "ffn_norm")
@@ -63,29 +64,58 @@ def library() -> ctypes.CDLL | None:
 def build(instructions: str | None = None) -> tuple[ctypes.CDLL | None, str]:
     """The library and what compiled it; or None and the reason. instructions: the compiler's option, this processor's if None.
 
-    It is kept in the user's cache, under a name that tells source, compiler, options and processor apart.
+    It is kept in the user's cache, under a name that tells source, compiler, options, processor and C library apart.
     """
     if os.name != "posix" or platform.machine() not in _NATIVE:
         return None, f"not compiled for {platform.system()} on {platform.machine()}"
-    compiler = shutil.which(os.environ.get("CC", "")) or next(filter(None, map(shutil.which, ("cc", "gcc", "clang"))), None)
-    if compiler is None:
-        return None, "no C compiler was found (cc, gcc, clang, or the one that CC names)"
-    command = [compiler, *_OPTIONS, instructions or _NATIVE[platform.machine()]]
-    processor = [cpuinfo(name) for name in ("model name", "CPU part", "flags", "Features")]
-    known = "\0".join([_SOURCE.read_text(encoding="utf-8"), *command, *processor])
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "gdn"
-    path = folder / f"cpu_token-{hashlib.sha256(known.encode()).hexdigest()[:16]}.so"
+    compiler = [os.environ.get("CC", "")]
     try:
+        found = [name for name in ("cc", "gcc", "clang") if shutil.which(name)]
+        compiler = shlex.split(compiler[0]) or found[:1]
+        if not compiler:
+            return None, "no C compiler was found: cc, gcc, clang, or what CC names"
+        command = [*compiler, *_OPTIONS, instructions or _NATIVE[platform.machine()]]
+        path = _folder() / f"cpu_token-{_name(command)}.so"
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryDirectory(dir=folder) as own:  # of several processes each moves a whole file in
-                made = Path(own) / path.name
-                compile_it = [*command, str(_SOURCE), "-o", str(made), "-lm"]
-                subprocess.run(compile_it, check=True, capture_output=True, text=True, timeout=_SECONDS)
-                made.replace(path)
-        loaded = ctypes.CDLL(str(path))
-    except (OSError, subprocess.SubprocessError) as error:
-        said = getattr(error, "stderr", None) or str(error)
-        return None, f"{compiler}: {said.strip().splitlines()[0]}"
+            _compile(command, path)
+        try:
+            loaded = _loaded(path)
+        except (OSError, AttributeError):  # damaged, or made where another C library is
+            _compile(command, path)
+            loaded = _loaded(path)
+    except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
+        said = getattr(error, "stderr", None)  # bytes after a timeout
+        said = said.strip() if isinstance(said, str) else ""
+        return None, f"{compiler[0]}: {(said or str(error) or repr(error)).splitlines()[0]}"
+    return loaded, f"by {compiler[0]}"
+
+
+def _folder() -> Path:
+    """The user's own: what lies there is run."""
+    named = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    folder = (named if named.is_absolute() else Path.home() / ".cache") / "gdn"
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    if folder.stat().st_uid != os.getuid():
+        raise OSError(f"{folder} belongs to another user")
+    return folder
+
+
+def _name(command: list[str]) -> str:
+    compiler = Path(shutil.which(command[0]) or command[0]).stat()
+    told = [cpuinfo(name) for name in ("model name", "CPU part", "flags", "Features")]
+    parts = [_SOURCE.read_text(encoding="utf-8"), *command, str(compiler.st_size), str(compiler.st_mtime_ns)]
+    return hashlib.sha256("\0".join([*parts, *told, *platform.libc_ver()]).encode()).hexdigest()[:16]
+
+
+def _compile(command: list[str], path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir=path.parent) as own:  # of several processes each moves a whole file in
+        made = Path(own) / path.name
+        whole = [*command, str(_SOURCE), "-o", str(made), "-lm"]
+        subprocess.run(whole, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
+        made.replace(path)
+
+
+def _loaded(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
     loaded.gdn_step.argtypes, loaded.gdn_step.restype = [ctypes.POINTER(Token), ctypes.c_int], None
-    return loaded, f"by {compiler}"
+    return loaded
