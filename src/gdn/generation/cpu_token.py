@@ -44,10 +44,11 @@ class CompiledToken:
         plain = all(matrix.dtype == matrices[0].dtype and matrix.is_contiguous() for matrix in matrices)
         return plain and not any(width % BLOCK for width in widths) and library() is not None
 
-    @staticmethod
-    def reads(state: DecodeState) -> bool:
+    def reads(self, state: DecodeState) -> bool:
         """Whether a layer's part of the first row is one piece of memory, as it is in every state that was not made by hand."""
-        return state.recurrent[0, 0].is_contiguous() and state.conv[0, 0].is_contiguous()
+        t, channels = self._token, state.conv.shape[-1]
+        matrices = state.recurrent.stride()[2:] == (t.head_dim * t.head_v_dim, t.head_v_dim, 1)
+        return matrices and state.conv.stride()[2:] == (channels, 1)
 
     def step(self, token: int, state: DecodeState) -> Tensor:
         """Logits [vocab] after one more token of the one row in `state`, which is settled, and updated in place."""
@@ -57,7 +58,7 @@ class CompiledToken:
             raise IndexError(f"token {token}; expected an id in [0, {t.vocab}), the model's vocabulary")
         if len(self._room) < t.room_size(threads):
             self._room = _floats(t.room_size(threads))
-        logits, recurrent, window = _floats(t.vocab), state.recurrent[:, 0], state.conv[:, 0]
+        logits, recurrent, window = _floats(t.vocab), state.recurrent, state.conv
         t.token, t.room, t.logits = token, self._room.data_ptr(), logits.data_ptr()
         t.recurrent, t.recurrent_stride = recurrent.data_ptr(), recurrent.stride(0)
         t.window, t.window_stride, t.window_bf16 = window.data_ptr(), window.stride(0) * window.itemsize, window.itemsize == 2
