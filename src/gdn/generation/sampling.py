@@ -7,6 +7,9 @@ import torch
 from torch import Tensor
 
 from gdn.errors import CheckpointError, ConfigError
+from gdn.ops.cpu_token import library
+
+_TINY = torch.finfo(torch.float32).tiny
 
 
 @dataclass(frozen=True)
@@ -44,12 +47,22 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     `generator` lies on the logits' device and is not used when greedy. A logit of -inf is a token that is never chosen.
     Raises CheckpointError for logits that hold nan or +inf, or nothing but -inf: such a model has no next token.
     """
+    if logits.ndim != 2 or 0 in logits.shape:
+        raise ValueError(f"logits are {tuple(logits.shape)}; expected [N, vocab] with at least one row and one token")
+    uniform = None
+    if not sampling.greedy:  # in steps of 2^-24 from 0 on; `exponential_` takes four times as long
+        uniform = torch.empty_like(logits, dtype=torch.float32).uniform_(generator=generator)
+    compiled = library() if logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous() else None
+    if compiled is not None:
+        top_k = 0 if sampling.top_k is None or sampling.top_k >= logits.shape[1] else sampling.top_k
+        rest = logits.shape[1], max(sampling.temperature, _TINY), top_k, 1.0 if sampling.top_p is None else sampling.top_p
+        noise = [None] * len(logits) if uniform is None else [row.data_ptr() for row in uniform]
+        ids = [compiled.gdn_draw(row.data_ptr(), own, *rest) for row, own in zip(logits, noise)]
+        if min(ids) >= 0:
+            return torch.tensor(ids, device=logits.device)
     _check(logits)
-    if sampling.greedy:
-        return draw(logits, sampling, None)
-    uniform = torch.empty_like(logits, dtype=torch.float32).uniform_(generator=generator)
-    # In steps of 2^-24 from 0 on, where noise must not be; `exponential_` takes four times as long.
-    return draw(logits, sampling, uniform.neg_().log1p_().neg_().clamp_(min=2.0**-25))
+    # Noise must not be 0.
+    return draw(logits, sampling, None if uniform is None else uniform.neg_().log1p_().neg_().clamp_(min=2.0**-25))
 
 
 def draw(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
@@ -99,12 +112,10 @@ def _scores(logits: Tensor, sampling: Sampling) -> Tensor:
     logits = logits.float()
     best = logits.amax(dim=-1, keepdim=True)
     # A quotient below the float32 range of the temperature would be 0 / 0 at the best token.
-    return (logits - best) / max(sampling.temperature, torch.finfo(torch.float32).tiny)
+    return (logits - best) / max(sampling.temperature, _TINY)
 
 
 def _check(logits: Tensor) -> None:
-    if logits.ndim != 2 or 0 in logits.shape:
-        raise ValueError(f"logits are {tuple(logits.shape)}; expected [N, vocab] with at least one row and one token")
     bad = [row for row, good in enumerate(finite(logits).tolist()) if not good]
     if bad:
         raise CheckpointError(

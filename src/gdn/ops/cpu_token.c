@@ -2,26 +2,14 @@
 //
 // Reads each weight once, as it lies, at the memory's speed, which PyTorch's operators do not: float32, or bf16 that is widened
 // on the way. All else is float32. The order of every sum hangs on sizes alone, so any number of threads gives the same bits.
-// Widths (hidden, head sizes, FFN) are multiples of 32. `cpu_token.py` compiles this file and says what the fields hold.
+// Widths (hidden, head sizes, FFN) are multiples of 32. `cpu_token.py` compiles this
+// file and says what the fields hold.
 
-#include <math.h>
 #include <omp.h>
-#include <stdint.h>
-#include <string.h>
 
-#if defined(__AVX512F__)
-#define LANES 16
-#elif defined(__AVX__)
-#define LANES 8
-#else
-#define LANES 4
-#endif
+#include "cpu_vectors.h"
+
 #define BLOCK 32  // rows of a weight, and columns, that stay with one thread
-
-typedef float floats __attribute__((vector_size(4 * LANES)));
-typedef int32_t ints __attribute__((vector_size(4 * LANES)));
-typedef uint32_t words __attribute__((vector_size(4 * LANES)));
-typedef uint16_t halves __attribute__((vector_size(2 * LANES)));
 
 typedef struct {
     const float *mixer_norm, *conv, *conv_bias, *rate, *dt_bias, *o_norm, *ffn_norm;
@@ -39,50 +27,6 @@ typedef struct {
     const Layer *layer;
     float eps;
 } Token;
-
-// ---- vectors ----
-
-static inline floats load(const float *from) {
-    floats x;
-    memcpy(&x, from, sizeof x);
-    return x;
-}
-
-static inline void store(float *to, floats x) { memcpy(to, &x, sizeof x); }
-
-static inline floats load_bf16(const uint16_t *from) {
-    halves x;
-    memcpy(&x, from, sizeof x);
-    return (floats)(__builtin_convertvector(x, words) << 16);
-}
-
-static inline floats all(float x) { return (floats){0} + x; }
-
-static inline floats choose(ints mask, floats yes, floats no) { return (floats)((mask & (ints)yes) | (~mask & (ints)no)); }
-
-static inline void store_bf16(uint16_t *to, floats x) {  // to the nearest, ties to even
-    words bits = (words)choose(x != x, all(NAN), x);  // any other nan may round to 0
-    halves rounded = __builtin_convertvector((bits + 0x7fff + ((bits >> 16) & 1)) >> 16, halves);
-    memcpy(to, &rounded, sizeof rounded);
-}
-
-static inline float sum(floats x) {
-    for (int n = LANES / 2; n; n /= 2)
-        for (int i = 0; i < n; i++) x[i] += x[i + n];
-    return x[0];
-}
-
-// e^x to 3e-7, from 2^n and a Taylor series, between e^-87 and e^88.
-static inline floats exponential(floats x) {
-    x = choose(x > 88.0f, all(88.0f), choose(x < -87.0f, all(-87.0f), x));
-    ints n = __builtin_convertvector(x * 1.44269504f, ints);
-    floats whole = __builtin_convertvector(n, floats);
-    floats r = x - whole * 0.693145752f - whole * 1.42860677e-6f, series = all(1.0f);
-    for (int i = 10; i; i--) series = 1.0f + series * r * (1.0f / i);
-    return series * (floats)((n + 127) << 23);
-}
-
-static inline floats silu(floats x) { return x / (1.0f + exponential(-x)); }
 
 // ---- products ----
 

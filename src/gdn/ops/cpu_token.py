@@ -1,4 +1,4 @@
-"""`cpu_token.c`, compiled once for this machine by its own C compiler: one more token of one row, by threads."""
+"""`cpu_token.c` and `cpu_draw.c`, compiled once for this machine by its own C compiler: a token of one row, and its draw."""
 
 import ctypes
 import hashlib
@@ -14,7 +14,7 @@ from pathlib import Path
 from gdn.ops.cpu import cpuinfo
 
 BLOCK = 32  # every width is a multiple of it
-_SOURCE = Path(__file__).with_name("cpu_token.c")
+_SOURCES = [Path(__file__).with_name(name) for name in ("cpu_token.c", "cpu_draw.c", "cpu_vectors.h")]
 _NATIVE = {"x86_64": "-march=native", "AMD64": "-march=native", "aarch64": "-mcpu=native", "arm64": "-mcpu=native"}
 _OPTIONS = ("-std=gnu11", "-O3", "-fPIC", "-shared", "-fno-math-errno", "-ffp-contract=fast", "-fopenmp", "-Wno-psabi")
 _SECONDS = 30  # for a compiler that takes one or two
@@ -56,7 +56,7 @@ class Token(ctypes.Structure):
 
 
 def library() -> ctypes.CDLL | None:
-    """The compiled file, with gdn_step(Token *, threads), or None where it cannot be had (`build` says why)."""
+    """With gdn_step(Token *, threads) and gdn_draw; or None where it cannot be had (`build` says why)."""
     return build()[0]
 
 
@@ -103,14 +103,19 @@ def _folder() -> Path:
 def _name(command: list[str]) -> str:
     compiler = Path(shutil.which(command[0]) or command[0]).stat()
     told = [cpuinfo(name) for name in ("model name", "CPU part", "flags", "Features")]
-    parts = [_SOURCE.read_text(encoding="utf-8"), *command, str(compiler.st_size), str(compiler.st_mtime_ns)]
+    parts = [
+        *(source.read_text(encoding="utf-8") for source in _SOURCES),
+        *command,
+        str(compiler.st_size),
+        str(compiler.st_mtime_ns),
+    ]
     return hashlib.sha256("\0".join([*parts, *told, *platform.libc_ver()]).encode()).hexdigest()[:16]
 
 
 def _compile(command: list[str], path: Path) -> None:
     with tempfile.TemporaryDirectory(dir=path.parent) as own:  # of several processes each moves a whole file in
         made = Path(own) / path.name
-        whole = [*command, str(_SOURCE), "-o", str(made), "-lm"]
+        whole = [*command, *map(str, _SOURCES[:2]), "-o", str(made), "-lm"]
         subprocess.run(whole, check=True, capture_output=True, text=True, errors="replace", timeout=_SECONDS)
         made.replace(path)
 
@@ -118,4 +123,6 @@ def _compile(command: list[str], path: Path) -> None:
 def _loaded(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     loaded.gdn_step.argtypes, loaded.gdn_step.restype = [ctypes.POINTER(Token), ctypes.c_int], None
+    pointers, size, number = [ctypes.c_void_p] * 2, ctypes.c_int64, ctypes.c_float
+    loaded.gdn_draw.argtypes, loaded.gdn_draw.restype = [*pointers, size, number, size, number], size
     return loaded
