@@ -5,9 +5,10 @@ python benchmarks/decode.py [--device cpu|cuda] [--threads 2] [--tokens 40] [--r
 The floor of a token is one read of the weights that it uses (all but the embedding table) and of the state, and one write of
 the state, at the bandwidth measured here: the best of plain reads of 1 GiB. On a virtual machine memory may be half as fast in
 the next second, so a repetition's share is of the better of the reads before and after it, is left out where those differ by a
-seventh, and the median counts; a share of the run's best read stands beside it. A token is compiled where there is a C compiler; "by operators" is the one by PyTorch's,
-in turn with it, whose one-row products have a rate of their own. Prefill runs beside two stacks of transformers in the same
-process, turn by turn, in float32. Of several repetitions the quietest counts, for all times: other work only ever adds to them.
+seventh, and the median counts; a share of the run's best read stands beside it. A token is compiled where there is a C
+compiler; "by operators" is the one by PyTorch's, in turn with it, whose one-row products have a rate of their own. Prefill runs
+beside two stacks of transformers in the same process, turn by turn, in float32. Of several repetitions the quietest counts,
+for all times: other work only ever adds to them.
 On a GPU: `decode_gpu.py`.
 """
 
