@@ -25,6 +25,8 @@ WAYS = [
     Sampling(1.0, top_k=50, top_p=0.6),
     Sampling(1e-30, top_k=4, top_p=0.5),
     Sampling(0.9, top_k=10**6, top_p=1.0),
+    Sampling(1e39),
+    Sampling(1e39, top_k=3),
 ]
 
 
@@ -49,7 +51,10 @@ def test_the_same_token_as_by_operators(sampling: Sampling, vocab: int) -> None:
         got = sample(logits, sampling, torch.Generator().manual_seed(7))
         different += int((got != by_operators(logits, sampling, 7)).sum())
         free += int((got != by_operators(logits, Sampling(1.0), 7)).sum())
-    assert different <= 1  # a sum in another order may lie on the other side of top_p
+    # Of scores that are all nearly equal the operators keep fewer digits than of logits.
+    assert different <= (
+        1 if sampling.temperature < 1e30 or sampling.top_k is None else rows
+    )  # a sum in another order may lie on the other side of top_p
     assert vocab < 16 or sampling.temperature == 1.0 or free > 0  # the control
 
 
@@ -79,8 +84,23 @@ def test_a_token_of_logit_minus_infinity_is_never_chosen(least: float, monkeypat
     assert sample(torch.tensor([[-math.inf, 0.0, -math.inf]]), Sampling(), torch.Generator()).tolist() == [1]
 
 
+@pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(1e39), Sampling(1e39, top_k=3)], ids=str)
+def test_a_masked_token_is_never_chosen_whatever_the_temperature(sampling: Sampling) -> None:
+    logits = torch.randn(300, 40)
+    logits[:, 5::2] = -math.inf
+    for seed in range(3):
+        for drawn in (sample(logits, sampling, torch.Generator().manual_seed(seed)), by_operators(logits, sampling, seed)):
+            assert bool(logits.gather(1, drawn[:, None]).isfinite().all()) and len(drawn.unique()) > 5
+
+
+def test_noise_of_zero_is_no_certain_win(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All noise is alike, so the best logit wins; unclamped, each of them would have an infinite score."""
+    monkeypatch.setattr(torch.Tensor, "uniform_", lambda self, generator=None: self.fill_(0.0))
+    assert sample(torch.tensor([[-5.0, 1.0, 0.0]]), Sampling(), torch.Generator()).tolist() == [1]
+
+
 def test_logits_it_cannot_read_are_drawn_by_operators() -> None:
     logits = torch.randn(4, 40)
-    for other in (logits.T.contiguous().T, logits.double()):
+    for other in (logits.T.contiguous().T, logits.double(), torch._neg_view(logits)):
         drawn = sample(other, Sampling(1.0), torch.Generator().manual_seed(1))
         assert torch.equal(drawn, by_operators(other, Sampling(1.0), 1))

@@ -242,7 +242,18 @@ def test_a_compiler_with_arguments(anew: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize(
     "trouble",
-    ["no compiler", "not there", "failing", "silent", "another language", "unknown processor", "folder", "owner", "no home"],
+    [
+        "no compiler",
+        "not there",
+        "failing",
+        "silent",
+        "another language",
+        "unknown processor",
+        "folder",
+        "owner",
+        "open folder",
+        "no home",
+    ],
 )
 def test_without_it_operators_serve_and_say_why(
     trouble: str, anew: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -255,18 +266,25 @@ def test_without_it_operators_serve_and_say_why(
         monkeypatch.setenv("CC", "nosuchcc")
         said = "nosuchcc: .*No such file"
     elif trouble in ("failing", "silent", "another language"):
-        words = {"failing": "error: unsupported option", "silent": "", "another language": "\\377\\376"}[trouble]
+        words = {"failing": "warning: old\\nerror: unsupported option", "silent": "", "another language": "\\377\\376"}[trouble]
         compiler = tmp_path / "mycc"
         compiler.write_text(f"#!/bin/sh\nprintf '{words}\\n' >&2\nexit 1\n")
         compiler.chmod(0o755)
         monkeypatch.setenv("CC", str(compiler))
-        said = f"{compiler}: " + {"failing": words, "silent": ".*exit status 1", "another language": "\ufffd\ufffd"}[trouble]
+        said = (
+            f"{compiler}: "
+            + {"failing": "error: unsupported option", "silent": ".*exit status 1", "another language": "\ufffd\ufffd"}[trouble]
+        )
     elif trouble == "unknown processor":
         monkeypatch.setattr(compiling.platform, "machine", lambda: "riscv64")
         said = f"not compiled for {platform.system()} on riscv64"
     elif trouble == "folder":
         anew.parent.write_text("a file where a folder should be")
         said = "Not a directory"
+    elif trouble == "open folder":
+        anew.mkdir(parents=True)
+        anew.chmod(0o777)
+        said = "others may write to it"
     elif trouble == "owner":
         monkeypatch.setattr(compiling.os, "getuid", lambda: -1)
         said = "belongs to another user"

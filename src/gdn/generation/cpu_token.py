@@ -19,7 +19,8 @@ class CompiledToken:
     """
 
     def __init__(self, model: GatedDeltaNetLM) -> None:
-        config, self._kept = model.config, []  # type: ignore[var-annotated]
+        config = model.config
+        self._kept: list[Tensor] = []
         layers = [self._layer(layer_weights(block)) for block in model.model.layers]  # type: ignore[arg-type]
         embeddings, head, norm = model.model.embeddings.weight, model.lm_head.weight, model.model.norm.weight.float()
         self._layers = (Layer * len(layers))(*layers)

@@ -9,7 +9,7 @@ from torch import Tensor
 from gdn.errors import CheckpointError, ConfigError
 from gdn.ops.cpu_token import library
 
-_TINY = torch.finfo(torch.float32).tiny
+_FLOAT32 = torch.finfo(torch.float32)
 
 
 @dataclass(frozen=True)
@@ -52,17 +52,19 @@ def sample(logits: Tensor, sampling: Sampling, generator: torch.Generator) -> Te
     uniform = None
     if not sampling.greedy:  # in steps of 2^-24 from 0 on; `exponential_` takes four times as long
         uniform = torch.empty_like(logits, dtype=torch.float32).uniform_(generator=generator)
-    compiled = library() if logits.is_cpu and logits.dtype == torch.float32 and logits.is_contiguous() else None
-    if compiled is not None:
-        top_k = 0 if sampling.top_k is None or sampling.top_k >= logits.shape[1] else sampling.top_k
-        rest = logits.shape[1], max(sampling.temperature, _TINY), top_k, 1.0 if sampling.top_p is None else sampling.top_p
-        noise = [None] * len(logits) if uniform is None else [row.data_ptr() for row in uniform]
-        ids = [compiled.gdn_draw(row.data_ptr(), own, *rest) for row, own in zip(logits, noise)]
-        if min(ids) >= 0:
-            return torch.tensor(ids, device=logits.device)
-    _check(logits)
-    # Noise must not be 0.
-    return draw(logits, sampling, None if uniform is None else uniform.neg_().log1p_().neg_().clamp_(min=2.0**-25))
+    compiled = library() if _lies_plainly(logits) else None
+    if compiled is None:
+        _check(logits)
+        # -log(1 - u), clear of 0.
+        return draw(logits, sampling, None if uniform is None else uniform.neg_().log1p_().neg_().clamp_(min=2.0**-25))
+    top_k = 0 if sampling.top_k is None or sampling.top_k >= logits.shape[1] else sampling.top_k
+    rest = logits.shape[1], _temperature(sampling), top_k, 1.0 if sampling.top_p is None else sampling.top_p
+    own = [None] * len(logits) if uniform is None else [row.data_ptr() for row in uniform]
+    ids = [compiled.gdn_draw(row.data_ptr(), noise, *rest) for row, noise in zip(logits, own)]
+    if min(ids) < 0:
+        _check(logits)
+        raise AssertionError(f"row {ids.index(min(ids))}: no token was drawn from logits that are fine")
+    return torch.tensor(ids, device=logits.device)
 
 
 def draw(logits: Tensor, sampling: Sampling, noise: Tensor | None) -> Tensor:
@@ -111,8 +113,18 @@ def _scores(logits: Tensor, sampling: Sampling) -> Tensor:
     """Logits over temperature, in float32; from the row's best downwards, so that a tiny temperature cannot overflow."""
     logits = logits.float()
     best = logits.amax(dim=-1, keepdim=True)
-    # A quotient below the float32 range of the temperature would be 0 / 0 at the best token.
-    return (logits - best) / max(sampling.temperature, _TINY)
+    return (logits - best) / _temperature(sampling)
+
+
+def _temperature(sampling: Sampling) -> float:
+    """Within float32: a quotient below it would be 0 / 0 at the best token, one by infinity nan at a logit of -inf."""
+    return min(max(sampling.temperature, _FLOAT32.tiny), _FLOAT32.max)
+
+
+def _lies_plainly(logits: Tensor) -> bool:
+    """Whether C reads what PyTorch does there: no subclass, no view that negates."""
+    plain = type(logits) in (Tensor, torch.nn.Parameter) and logits.is_cpu and logits.dtype == torch.float32
+    return plain and logits.is_contiguous() and not logits.is_neg()
 
 
 def _check(logits: Tensor) -> None:

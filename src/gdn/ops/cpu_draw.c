@@ -1,4 +1,4 @@
-// A draw from the logits of one row on a CPU: `generation.sampling.draw` in one pass where PyTorch's operators take thirty.
+// A draw from the logits of one row on a CPU: `generation.sampling.draw` in a few passes, where PyTorch's operators take thirty.
 
 #include "cpu_vectors.h"
 
@@ -47,7 +47,7 @@ static float mass_of_best(const float *logits, int64_t n, int64_t k, float best,
         int64_t middle = low + (high - low + 1) / 2;
         ints reached = {0};
         for (int64_t i = 0; i < n; i += LANES) {
-            floats x = load_some(logits + i, n - i, -INFINITY) + 0.0f;
+            floats x = load_some(logits + i, n - i, -INFINITY);
             ints order = (ints)x ^ (((ints)x >> 31) & 0x7fffffff);
             reached -= order >= (int32_t)middle;
             if (!last) continue;
@@ -81,6 +81,7 @@ int64_t gdn_draw(const float *logits, float *uniform, int64_t n, float temperatu
     total = top_k && top_p < 1.0f ? mass_of_best(logits, n, top_k, best, temperature) : sum(sums);
     for (;;) {
         token = first_of_largest(uniform, n);
+        if (token < 0) return -1;
         betters(logits, uniform, n, logits[token], token, best, temperature, 0, &ahead, &mass);
         int dropped = (top_k && ahead >= top_k) || (top_p < 1.0f && mass >= top_p * total);
         if (!ahead || !dropped) return token;

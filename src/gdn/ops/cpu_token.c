@@ -2,8 +2,7 @@
 //
 // Reads each weight once, as it lies, at the memory's speed, which PyTorch's operators do not: float32, or bf16 that is widened
 // on the way. All else is float32. The order of every sum hangs on sizes alone, so any number of threads gives the same bits.
-// Widths (hidden, head sizes, FFN) are multiples of 32. `cpu_token.py` compiles this
-// file and says what the fields hold.
+// Widths (hidden, head sizes, FFN) are multiples of 32. `cpu_token.py` compiles this file and says what the fields hold.
 
 #include <omp.h>
 

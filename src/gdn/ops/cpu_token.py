@@ -64,7 +64,8 @@ def library() -> ctypes.CDLL | None:
 def build(instructions: str | None = None) -> tuple[ctypes.CDLL | None, str]:
     """The library and what compiled it; or None and the reason. instructions: the compiler's option, this processor's if None.
 
-    It is kept in the user's cache, under a name that tells source, compiler, options, processor and C library apart.
+    It is kept in the user's cache, under a name that tells sources, options, processor, C library and compiler apart (of a
+    command of several words the first program).
     """
     if os.name != "posix" or platform.machine() not in _NATIVE:
         return None, f"not compiled for {platform.system()} on {platform.machine()}"
@@ -80,13 +81,13 @@ def build(instructions: str | None = None) -> tuple[ctypes.CDLL | None, str]:
             _compile(command, path)
         try:
             loaded = _loaded(path)
-        except (OSError, AttributeError):  # damaged, or made where another C library is
+        except OSError:  # damaged, or made where another C library is
             _compile(command, path)
             loaded = _loaded(path)
     except (OSError, RuntimeError, ValueError, AttributeError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None)  # bytes after a timeout
-        said = said.strip() if isinstance(said, str) else ""
-        return None, f"{compiler[0]}: {(said or str(error) or repr(error)).splitlines()[0]}"
+        lines = [*(said.strip() if isinstance(said, str) else "").splitlines(), str(error) or repr(error)]
+        return None, f"{compiler[0]}: {next((line for line in lines if 'error' in line), lines[0])}"
     return loaded, f"by {compiler[0]}"
 
 
@@ -95,8 +96,8 @@ def _folder() -> Path:
     named = Path(os.environ.get("XDG_CACHE_HOME", ""))
     folder = (named if named.is_absolute() else Path.home() / ".cache") / "gdn"
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-    if folder.stat().st_uid != os.getuid():
-        raise OSError(f"{folder} belongs to another user")
+    if folder.stat().st_uid != os.getuid() or folder.stat().st_mode & 0o022:
+        raise OSError(f"{folder} belongs to another user, or others may write to it")
     return folder
 
 
