@@ -229,7 +229,8 @@ def decoding_kernels(arch: int) -> Iterator[dict[str, Any]]:
     yield compiled(arch, triton_pending._settle, values, {name: sizes[name] for name in ("HV", "K", "V", "P", "SLOTS", "BV")})
     yield compiled(arch, triton_draw._candidates, values, {"NOISE": True, "BLOCK": triton_draw._BLOCK} | chained, **warps)
     for top_k, top_p in ((False, True), (True, True)):
-        sizes = {"TOP_K": top_k, "TOP_P": top_p, "CHUNKS": 16, "BLOCK": triton_draw._LARGEST_BLOCK} | chained
+        chunks = {"CHUNKS": 16, "CHUNK": triton_draw._BLOCK}
+        sizes = {"TOP_K": top_k, "TOP_P": top_p, **chunks, "BLOCK": triton_draw._LARGEST_BLOCK} | chained
         yield compiled(arch, triton_draw._choose, values, sizes, **warps | {"num_warps": 16})
     yield compiled(arch, triton_draw._noise, values, {"BLOCK": triton_draw._BLOCK}, num_warps=4)
 
