@@ -121,7 +121,8 @@ def _token_error() -> float:
 
 def _other_draws() -> int:
     logits, sampling = torch.randn(200, 500, generator=torch.Generator().manual_seed(0)), Sampling(0.8, top_k=50, top_p=0.9)
-    drawn = [sample(x, sampling, torch.Generator().manual_seed(1)) for x in (logits, logits.double())]  # operators' alone
+    # float64 is drawn by operators.
+    drawn = [sample(x, sampling, torch.Generator().manual_seed(1)) for x in (logits, logits.double())]
     return int((drawn[0] != drawn[1]).sum())
 
 
@@ -134,7 +135,7 @@ def speed() -> list[Check]:
 def _decode_checks(times: dict[torch.dtype, float]) -> list[Check]:
     """Two lines of bandwidth, and whether `decode_dtype` chooses the dtype that is not clearly the slower one.
 
-    These are PyTorch's products; compiled tokens do not use them, and there is no verdict.
+    The products are PyTorch's: where tokens are compiled they do not use them, and there is no verdict.
     """
     weights = 1024 * 2816
     checks = [

@@ -1,4 +1,4 @@
-// A draw from the logits of one row on a CPU: `generation.sampling.draw` in a few passes, where PyTorch's operators take thirty.
+// A draw from one row's logits on a CPU: `generation.sampling.draw` in a few passes, where PyTorch's operators take thirty.
 
 #include "cpu_vectors.h"
 
@@ -21,8 +21,8 @@ static int64_t first_of_largest(const float *x, int64_t n) {
 }
 
 // How many tokens are better than one of logit x, and their mass; the others' noisy scores go to -inf if `leave`.
-static void betters(const float *logits, float *noisy, int64_t n, float x, int64_t token, float best, float temperature, int leave,
-                    int64_t *count, float *mass) {
+static void betters(const float *logits, float *noisy, int64_t n, float x, int64_t token, float best, float temperature,
+                    int leave, int64_t *count, float *mass) {
     floats total = all(0);
     ints ahead = {0}, place;
     for (int i = 0; i < LANES; i++) place[i] = i;
@@ -65,8 +65,8 @@ static float mass_of_best(const float *logits, int64_t n, int64_t k, float best,
     return sum(mass) + (k - above) * most(at);
 }
 
-// The token that `generation.sampling.draw` takes of logits [n], or -1 where they have no finite best one. uniform [n], from 0 to
-// below 1, is overwritten; 0: the best. top_k = 0 and top_p = 1: all are kept.
+// The token that `generation.sampling.draw` takes of logits [n], or -1 where they have no finite best one. uniform [n], from 0
+// to below 1, is overwritten; without it the best is taken. top_k = 0 and top_p = 1: all are kept.
 int64_t gdn_draw(const float *logits, float *uniform, int64_t n, float temperature, int64_t top_k, float top_p) {
     int64_t token = first_of_largest(logits, n), ahead;
     if (token < 0 || !uniform) return token;

@@ -65,18 +65,23 @@ static inline float dot(const void *weight, int64_t row, const float *x, int64_t
     return sum(even + odd);
 }
 
+static inline float product(const float *x, const float *y, int64_t n) {
+    floats total = all(0);
+    for (int64_t i = 0; i < n; i += LANES) total += load(x + i) * load(y + i);
+    return sum(total);
+}
+
 static inline void normed(float *to, const float *x, const float *weight, float *room, const Token *t) {
-    floats squares = all(0);
-    for (int64_t i = 0; i < t->hidden; i += LANES) squares += load(x + i) * load(x + i);
-    float scale = 1.0f / sqrtf(sum(squares) / t->hidden + t->eps);
+    float scale = 1.0f / sqrtf(product(x, x, t->hidden) / t->hidden + t->eps);
     for (int64_t i = 0; i < t->hidden; i += LANES) store(room + i, load(x + i) * load(weight + i) * scale);
     arrange(to, room, t->hidden, t->bf16);
 }
 
 // ---- one layer's parts ----
 
-// Of the channels [first, last) of y: the convolution over the window and the newest input, which the window takes up, and SiLU.
-static inline void convolve(float *y, const Layer *layer, void *window, int64_t first, int64_t last, int64_t channels, const Token *t) {
+// Of the channels [first, last) of y: the convolution over the window and the newest input, which the window takes up; SiLU.
+static inline void convolve(float *y, const Layer *layer, void *window, int64_t first, int64_t last, int64_t channels,
+                            const Token *t) {
     for (int64_t c = first; c < last; c += LANES) {
         floats x = load(y + c), mixed = x;
         if (t->conv_size) {
@@ -95,12 +100,6 @@ static inline void convolve(float *y, const Layer *layer, void *window, int64_t 
     }
 }
 
-static inline float squared(const float *x, const float *y, int64_t n) {
-    floats total = all(0);
-    for (int64_t i = 0; i < n; i += LANES) total += load(x + i) * load(y + i);
-    return sum(total);
-}
-
 // One head, from y to its part of o: S' = decay S; w = beta (v - k S'); S = S' + k w; o = q S' + (q k) w, then norm and gate.
 static inline void mix(const float *y, float *o, const Layer *layer, float *S, int64_t head, float *room, const Token *t) {
     int64_t K = t->head_dim, V = t->head_v_dim, keys = t->heads * K, channels = 2 * keys + t->value_heads * V;
@@ -109,8 +108,8 @@ static inline void mix(const float *y, float *o, const Layer *layer, float *S, i
     float dt = y[channels + head] + layer->dt_bias[head], beta = 1.0f / (1.0f + expf(-y[channels + t->value_heads + head]));
     float decay = expf(layer->rate[head] * (dt > 20.0f ? dt : log1pf(expf(dt))));
     if (t->negative) beta *= 2.0f;
-    float q_scale = 1.0f / sqrtf(squared(q, q, K) + 1e-6f), k_scale = 1.0f / sqrtf(squared(k, k, K) + 1e-6f);
-    float qk = squared(q, k, K) * q_scale * k_scale;
+    float q_scale = 1.0f / sqrtf(product(q, q, K) + 1e-6f), k_scale = 1.0f / sqrtf(product(k, k, K) + 1e-6f);
+    float qk = product(q, k, K) * q_scale * k_scale;
     float *of_q = room, *of_k = room + V;  // what q and k read in S, of which o and w are made in place
     for (int64_t j = 0; j < V; j += BLOCK) {
         floats by_q[BLOCK / LANES] = {{0}}, by_k[BLOCK / LANES] = {{0}};
@@ -125,7 +124,8 @@ static inline void mix(const float *y, float *o, const Layer *layer, float *S, i
     }
     floats squares = all(0);
     for (int64_t j = 0; j < V; j += LANES) {
-        floats w = beta * (load(v + j) - load(of_k + j) * (decay * k_scale)), read = load(of_q + j) * (decay * q_scale) + qk * w;
+        floats w = beta * (load(v + j) - load(of_k + j) * (decay * k_scale));
+        floats read = load(of_q + j) * (decay * q_scale) + qk * w;
         squares += read * read;
         store(of_k + j, w * k_scale);
         store(of_q + j, read);
@@ -168,15 +168,16 @@ static inline __attribute__((always_inline)) void work(const Token *t, int me, i
             normed(h, x, layer->mixer_norm, room, t);
             for (int64_t i = first; i < last; i++) {
                 // The thread's states come to its cache beside the weights: `mix` would wait for them.
-                for (int64_t line = (i - first) * lines / (last - first); line < (i + 1 - first) * lines / (last - first); line++)
-                    __builtin_prefetch((char *)S + 64 * line, 0, 2);
+                int64_t line = (i - first) * lines / (last - first), end = (i + 1 - first) * lines / (last - first);
+                for (; line < end; line++) __builtin_prefetch((char *)S + 64 * line, 0, 2);
                 y[i] = dot(layer->projections, i, h, D, bf16);
             }
             void *window = (char *)t->window + n * t->window_stride;
             convolve(y, layer, window, first, last < channels ? last : channels, channels, t);
         }
 #pragma omp barrier
-        for (int64_t head = first_head; head < last_head; head++) mix(y, o, layer, S + (head - first_head) * of_head, head, room, t);
+        for (int64_t head = first_head; head < last_head; head++)
+            mix(y, o, layer, S + (head - first_head) * of_head, head, room, t);
 #pragma omp barrier
         {
             PART(D);

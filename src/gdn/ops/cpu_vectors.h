@@ -71,7 +71,8 @@ static inline void store_some(float *to, floats x, int64_t left) { memcpy(to, &x
 // ln x to 2e-7 for normal x > 0: x = 2^n m with m from sqrt(1/2) to sqrt(2), and ln m = 2 artanh((m - 1) / (m + 1)).
 static inline floats logarithm(floats x) {
     ints n = ((ints)x - 0x3f3504f3) >> 23;
-    floats m = (floats)((ints)x - (n << 23)), s = (m - 1.0f) / (m + 1.0f), series = all(0), whole = __builtin_convertvector(n, floats);
+    floats m = (floats)((ints)x - (n << 23)), whole = __builtin_convertvector(n, floats);
+    floats s = (m - 1.0f) / (m + 1.0f), series = all(0);
     for (int i = 11; i > 0; i -= 2) series = series * s * s + 2.0f / i;
     return whole * 0.693145752f + (whole * 1.42860677e-6f + series * s);
 }
